@@ -1,0 +1,1 @@
+"""Low-bit KV caches for any model, by compiling it."""

@@ -1,0 +1,1 @@
+"""Codec, packed state and operators: decompose, quantise, store; fused dequantise-attention."""
