@@ -1,0 +1,128 @@
+"""Storages that take the place of a tensor's memory: none at all, or zeros that nobody has touched yet.
+
+`Tensor.untyped_storage()._swap_data_ptr_` exchanges memory, size, allocator and access flags of two storages, so that
+every tensor over the storage follows.
+"""
+
+import ctypes
+import functools
+import mmap
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK = 4 << 20  # bytes mapped at a time; vm.max_map_count (65,530) then allows 256 GB
+_MAP_FIXED = 0x10
+
+
+def exchange(tensor: Tensor, storage: torch.UntypedStorage) -> None:
+    """Swap the memory under `tensor`, and under every tensor that shares it, with that of `storage`."""
+    tensor.untyped_storage()._swap_data_ptr_(storage)  # type: ignore[attr-defined]  # -> _compat
+
+
+def is_sole_owner(tensor: Tensor) -> bool:
+    """Whether nobody else can reach the memory of a tensor: no view, no export, no autograd graph.
+
+    The base of a view counts as somebody only if more than the view keeps it: `torch.zeros(n).view(...)` is alone.
+    """
+    with torch.inference_mode(mode=False):
+        return _owners(tensor) in (_owners(torch.empty(1)), _owners(torch.empty(1).view(1)))
+
+
+def _owners(tensor: Tensor) -> tuple[int, ...]:
+    """Reference counts, to be compared with those of tensors that are known to be alone."""
+    storage = tensor.untyped_storage()
+    counts = _use_count(tensor), torch._C._storage_Use_Count(storage._cdata)  # -> _compat
+    base = tensor._base
+    return counts if base is None else (*counts, _use_count(base), sys.getrefcount(base))
+
+
+def _use_count(tensor: Tensor) -> int:
+    return int(tensor._use_count())  # type: ignore[attr-defined]  # -> _compat
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor has no memory of its own: it belongs to a functorch transform or to functionalisation."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # -> _compat
+    return bool(wrapped or torch._is_functional_tensor(tensor))  # -> _compat
+
+
+def released(nbytes: int, device: torch.device) -> torch.UntypedStorage:
+    """A storage of `nbytes` that holds no memory.
+
+    Writing through PyTorch raises a `RuntimeError`. Reading, which PyTorch does not check, gives NaN in every floating
+    dtype on Linux CPUs (all addresses are mapped to the same few pages of 0xFF); on other devices it is a null pointer.
+
+    Raises:
+        OSError: the address space cannot be mapped.
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        storage = torch.frombuffer(_nan_pages(nbytes), dtype=torch.uint8)
+    else:
+        storage = _null(nbytes, device)
+    torch._C._set_throw_on_mutable_data_ptr(storage)  # -> _compat
+    return storage.untyped_storage()
+
+
+def zeros(nbytes: int, device: torch.device) -> torch.UntypedStorage:
+    """A storage of `nbytes` zeros; on Linux CPUs its pages take memory only when they are written."""
+    memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    start = end = 0
+    if device.type == "cpu" and sys.platform == "linux":
+        address = memory.data_ptr()
+        start = min(-address % mmap.PAGESIZE, nbytes)
+        end = start + (nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        # Private anonymous pages that are given back read as zeros.
+        if _libc().madvise(address + start, end - start, mmap.MADV_DONTNEED) != 0:
+            end = start
+    memory[:start].zero_()
+    memory[end:].zero_()
+    return memory.untyped_storage()
+
+
+def _nan_pages(nbytes: int) -> mmap.mmap:
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    for at in range(start, start + nbytes, _CHUNK):
+        size = min(_CHUNK, start + nbytes - at)
+        if _libc().mmap(at, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, _nan_chunk(), 0) != at:
+            error = ctypes.get_errno()
+            raise OSError(
+                error, f"cannot map {nbytes} bytes of address space: {os.strerror(error)} (vm.max_map_count?)"
+            )
+    return pages
+
+
+@functools.cache
+def _nan_chunk() -> int:
+    """A file in memory, all 0xFF: NaN in every floating dtype."""
+    file = os.memfd_create("decoquant-nan")
+    os.write(file, b"\xff" * _CHUNK)
+    return file
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
+
+
+class _Null(Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func: object, *_: Any) -> Any:
+        raise RuntimeError(f"{func} on a tensor without memory")
+
+
+def _null(nbytes: int, device: torch.device) -> Tensor:
+    """A tensor whose storage claims `nbytes` but was never allocated."""
+    wrapper = Tensor._make_wrapper_subclass(  # -> _compat
+        _Null, (nbytes,), dtype=torch.uint8, device=device
+    )
+    assert isinstance(wrapper, Tensor)
+    return wrapper

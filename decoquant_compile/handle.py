@@ -1,0 +1,566 @@
+"""`CacheTensor`: a cache tensor whose 16-bit memory is gone; eager code keeps working on its packed state."""
+
+import contextlib
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import GetSetDescriptorType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import UserError, UserErrorType  # -> _compat
+from torch._dynamo.symbolic_convert import InstructionTranslator  # -> _compat
+from torch.utils._python_dispatch import _disable_current_modes  # -> _compat
+from torch.utils._pytree import tree_map  # -> _compat
+
+from decoquant_compile import _storage
+from decoquant_compile.kernels.state import CacheState
+
+Dims: TypeAlias = tuple[int, int, int, int]
+"""Which dimension of a tensor is batch, head, slot and channel: ``tensor.permute(dims)`` is [B, H, S, D]."""
+
+_RESTORE = "decoquant_compile.restore(cache) gives the 16-bit tensor back"
+_BITWISE = {2: torch.int16, 4: torch.int32}
+
+
+class CacheTensor(Tensor):
+    """A cache tensor, or a view of one, whose content is held packed.
+
+    An existing tensor becomes a handle by its class, so that every reference to it stays valid (`pack`). Its metadata
+    are those of the dense tensor and its storage holds no memory. Eager operations run on a dense transient; what they
+    change in it is stored, token by token. Views share the storage of their root and write through to it. `clone`,
+    `deepcopy` and a selection over the batch stay packed; pickles hold the dense tensor. What would need the memory
+    itself (`data_ptr`, `numpy`, DLPack, `resize_` ...) raises a `RuntimeError`.
+
+    Code that reaches the memory without PyTorch's Python dispatch (`torch.tensor(handle)`, `torch.func.grad` over it,
+    C++ extensions) reads NaN on Linux CPUs and cannot write.
+    """
+
+    _state: CacheState | None = None
+    """Packed content; None for a view."""
+    _dims: Dims = (0, 1, 2, 3)
+    _root: Tensor | None = None
+    """The cache tensor that a view looks into: a handle, or plain again after `restore`."""
+    dense_calls: int = 0
+    """How many compiled calls needed this cache dense."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run `func` as if on the dense tensor; while torch.compile traces, on the handle's metadata."""
+        if torch.compiler.is_compiling():
+            _require_own_backend()
+            with torch._C.DisableTorchFunctionSubclass():  # -> _compat
+                return func(*args, **(kwargs or {}))
+        return _call(func, tuple(args), dict(kwargs or {}))
+
+    def dense(self) -> Tensor:
+        """A dense copy of the present content, of the same shape and dtype, contiguous unless this is a view."""
+        return Transients().lower(self)
+
+    def store_changes(self, before: Tensor, after: Tensor) -> None:
+        """Store the tokens in which `after` differs, bit by bit, from `before`, an earlier `dense()` of this handle."""
+        if self._root is not None:
+            transients = Transients()
+            target = transients.lower(self)
+            with _internal():
+                target.copy_(torch.where(_bits(before) != _bits(after), after.detach(), target))
+            transients.commit()
+            return
+        state = self._state
+        assert state is not None
+        with _internal():
+            after = after.detach().permute(self._dims)
+            changed = (_bits(after) != _bits(before.permute(self._dims))).any(-1).any(1)  # [B, S]
+            positions = changed.any(0).nonzero()[:, 0]
+            if len(positions):
+                rows = changed[:, positions]
+                new = after.index_select(2, positions)
+                state.write(new, positions, rows=None if bool(rows.all()) else rows)
+
+    def set_(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refused, as all that needs the memory; PyTorch does not pass it to `__torch_function__`."""
+        raise _refusal("set_")
+
+    def as_subclass(self, _cls: Any) -> Any:
+        """Refused for the same reason."""
+        raise _refusal("as_subclass")
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """A NumPy array of the content; read-only unless `copy`, since a dense tensor would share its memory."""
+        if copy is False:
+            raise ValueError(f"the array of a packed cache is always a copy; {_RESTORE}")
+        array = self.dense().numpy()
+        array = array if dtype is None else array.astype(dtype, copy=False)
+        array.flags.writeable = bool(copy)
+        return array
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the dense tensor, which loads without this package."""
+        return self.dense().contiguous().__reduce_ex__(protocol)
+
+    def __copy__(self) -> Tensor:
+        """A tensor over the same content, as for any tensor."""
+        return self.detach()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        del tensor_contents  # reading would unpack the whole cache
+        shape = f"shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}"
+        if self._root is not None:
+            root = repr(self._root) if isinstance(self._root, CacheTensor) else "a dense tensor"
+            return f"CacheTensor(view, {shape}, of={root})"
+        state = self._state
+        assert state is not None
+        return f"CacheTensor({shape}, role={state.format.role}, bits={state.format.bits}, nbytes={state.nbytes})"
+
+
+def pack(tensor: Tensor, state: CacheState, dims: Dims, storage: torch.UntypedStorage) -> None:
+    """Make `tensor` a handle of `state`; `storage`, from `_storage.released`, takes its place and gets its memory."""
+    _storage.exchange(tensor, storage)
+    tensor.__class__ = CacheTensor
+    assert isinstance(tensor, CacheTensor)
+    tensor._state, tensor._dims = state, dims
+
+
+def unpack(handle: CacheTensor) -> None:
+    """Make a handle a plain tensor with its present content again; for a view, make its root one too."""
+    root = handle if handle._root is None else handle._root
+    if isinstance(root, CacheTensor):
+        with _internal():
+            _give_memory(root, root.dense().untyped_storage())
+    if root is not handle:
+        _settle(handle)
+
+
+def _give_memory(root: CacheTensor, storage: torch.UntypedStorage) -> None:
+    with torch._C.DisableTorchFunctionSubclass():  # -> _compat
+        _storage.exchange(root, storage)
+    for name in ("_state", "_dims", "dense_calls"):
+        root.__dict__.pop(name, None)
+    root.__class__ = Tensor  # type: ignore[assignment]
+
+
+def _settle(tensor: object) -> bool:
+    """Whether `tensor` is a handle; a view whose root is plain again becomes plain here, over the same memory."""
+    if not isinstance(tensor, CacheTensor):
+        return False
+    if tensor._root is not None and not isinstance(tensor._root, CacheTensor):
+        del tensor._root
+        tensor.__class__ = Tensor  # type: ignore[assignment]
+        return False
+    return True
+
+
+def _reset(root: CacheTensor) -> None:
+    """A cleared cache is dense again, so that the next compiled call takes it over afresh."""
+    _give_memory(root, _storage.zeros(root.nbytes, root.device))
+
+
+class Transients:
+    """Dense stand-ins for the handles of one call: lower the arguments, run the call, commit, lift the results.
+
+    Handles over one cache share one transient, so that aliases stay aliases during the call.
+    """
+
+    def __init__(self) -> None:
+        self._roots: dict[int, tuple[CacheTensor, Tensor, int]] = {}  # with the transient's version, by its storage
+        self._dense: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}  # stand-in and its facts, by the handle's id
+        self._handles: dict[int, CacheTensor] = {}  # by the stand-in's id
+
+    def lower(self, value: Any) -> Any:
+        """A dense tensor for a handle; any other value as it is."""
+        if not _settle(value):
+            return value
+        if (mode := _fake_mode()) is not None:
+            with torch._C.DisableTorchFunctionSubclass():  # -> _compat
+                return mode.from_tensor(value)
+        if id(value) not in self._dense:
+            dense = self._read(value) if value._root is None else _alias(self.lower(value._root), value)
+            self._dense[id(value)] = dense, _facts(dense)
+            self._handles[id(dense)] = value
+        return self._dense[id(value)][0]
+
+    def _read(self, root: CacheTensor) -> Tensor:
+        assert root._state is not None
+        with _internal():  # a transient of inference mode would not count its versions
+            order = [root._dims.index(i) for i in range(4)]
+            dense = root._state.read().permute(order).contiguous()
+            if dense.is_inference() or _address(dense) == _address(root._state.buffer):
+                dense = dense.clone()
+        self._roots[_address(dense)] = (root, dense, dense._version)
+        return dense
+
+    def commit(self) -> None:
+        """Store what the call changed.
+
+        Raises:
+            RuntimeError: the call changed more of a tensor than its content: shape, memory or gradients. Nothing is
+                stored.
+        """
+        if any(_facts(dense) != facts for dense, facts in self._dense.values()):
+            raise RuntimeError(f"a packed cache cannot change its shape or memory or record gradients; {_RESTORE}")
+        for root, dense, version in self._roots.values():
+            if dense._version != version:
+                _store(root, dense)
+
+    def lift(self, value: Any) -> Any:
+        """The handle for its stand-in, a view of the handle for what aliases the stand-in, any other value as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        if (handle := self._handles.get(id(value))) is not None:
+            return handle
+        root, dense, *_ = self._roots.get(_address(value), (None, None))
+        if root is None:
+            return value
+        if torch._C._functorch.is_functorch_wrapped_tensor(value) or value.is_conj() or value.is_neg():  # -> _compat
+            raise RuntimeError(f"a packed cache has no views of this kind ({type(value).__name__}); {_RESTORE}")
+        assert dense is not None
+        return _as_view(_alias(root, value), root)
+
+
+def _store(root: CacheTensor, dense: Tensor) -> None:
+    """Make `dense` the content of a whole handle."""
+    with _internal():
+        if bool(dense.any()):
+            root.store_changes(root.dense(), dense)
+        else:
+            _reset(root)
+
+
+def _alias(base: Tensor, like: Tensor) -> Tensor:
+    """The view of contiguous `base` that lies in its memory as `like` lies in that of its own base."""
+    with torch._C.DisableTorchFunctionSubclass(), _internal():  # -> _compat
+        flat = base.view(-1)
+        if like.dtype != base.dtype:
+            flat = flat.view(like.dtype)
+        return flat.as_strided(like.size(), like.stride(), like.storage_offset())
+
+
+def _as_view(tensor: Tensor, root: Tensor) -> Tensor:
+    """Make a tensor over the storage of `root` a handle, if `root` is one."""
+    if isinstance(root, CacheTensor):
+        tensor.__class__ = CacheTensor
+        assert isinstance(tensor, CacheTensor)
+        tensor._root = root
+    return tensor
+
+
+def _packed_like(handle: CacheTensor, state: CacheState) -> Tensor:
+    """A new handle of `state`, with the layout of `handle`; no dense memory is allocated."""
+    sizes = (state.batch, state.heads, state.slots, state.format.head_dim)
+    shape = [sizes[handle._dims.index(i)] for i in range(4)]
+    nbytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * handle.element_size()
+    with _internal():
+        storage = _storage.released(nbytes, handle.device)
+        tensor = torch.empty(0, dtype=handle.dtype, device=handle.device).set_(storage, 0, shape)  # type: ignore[call-overload]
+    tensor.__class__ = CacheTensor
+    tensor._state, tensor._dims = state, handle._dims
+    return tensor
+
+
+@contextlib.contextmanager
+def _internal() -> Iterator[None]:
+    """Run our own tensor work as plain eager code, whatever modes and transforms the caller is in."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),  # nothing of ours requires grad; views made without it would restrict the caller
+        torch._C.DisableTorchFunction(),  # -> _compat
+        torch._C._DisableFuncTorch(),  # -> _compat
+        _disable_current_modes(),
+    ):
+        yield
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(_BITWISE.get(tensor.element_size(), torch.uint8))
+
+
+def _address(tensor: Tensor) -> int:
+    """Identity of the storage under a tensor and its functorch wrappers; 0 without one."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # -> _compat
+        tensor = torch._C._functorch.get_unwrapped(tensor)  # -> _compat
+    return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else 0  # -> _compat
+
+
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.requires_grad, _address(tensor)
+
+
+def _fake_mode() -> Any:
+    """The active FakeTensorMode, under which no data can be read."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)  # -> _compat
+
+
+# Compiling
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _require_own_backend() -> bool:
+    """Refuse, at trace time, a compiler that does not know handles: its graph would read freed memory."""
+    try:
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # some other tracer than Dynamo
+        backend = None
+    for _ in range(8):
+        if getattr(backend, "_decoquant_backend", False):
+            return True
+        wrappers = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn", "func", "__wrapped__")
+        backend = next((inner for name in wrappers if (inner := getattr(backend, name, None)) is not None), None)
+    raise UserError(
+        UserErrorType.INVALID_INPUT,
+        f"a cache tensor in this graph is packed by decoquant_compile, but the backend is another one; {_RESTORE}",
+    )
+
+
+# Eager calls
+
+
+def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    first = args[0] if args else None
+    handle = first if _settle(first) else None
+    caller = sys._getframe(2).f_globals.get("__name__")
+    if func in (Tensor.size, Tensor.dim) and caller == "torch._functorch.vmap":  # its next step is C++
+        raise RuntimeError(f"vmap reads the memory of its arguments, and this cache is packed; {_RESTORE}")
+    if func in _METADATA or (func is Tensor.untyped_storage and caller == "torch._subclasses.meta_utils"):
+        with torch._C.DisableTorchFunctionSubclass():  # -> _compat
+            return func(*args, **kwargs)
+    if isinstance(handle, CacheTensor):
+        if func in _REFUSED:
+            owner = getattr(func, "__self__", None)  # of the accessors of properties
+            raise _refusal(getattr(owner, "__name__", func.__name__))
+        if _fake_mode() is not None:
+            if func is Tensor.__deepcopy__:  # of the fake tensor would look at its memory
+                return Transients().lower(handle)
+        elif torch._C._functorch.peek_interpreter_stack() is None:  # -> _compat; a transform must see the operation
+            if func in _VIEWS or (func is Tensor.__getitem__ and _is_basic(args[1])):
+                return _view(func, handle, args, kwargs)
+            if (special := _SPECIAL.get(func)) is not None:
+                result = _try(special, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+    transients = Transients()
+    args, kwargs = tree_map(transients.lower, (args, kwargs))
+    result = func(*args, **kwargs)
+    transients.commit()
+    return tree_map(transients.lift, result)
+
+
+def _refusal(name: str) -> RuntimeError:
+    return RuntimeError(f"{name} needs the memory of this cache tensor, which is packed; {_RESTORE}")
+
+
+def _view(func: Callable[..., Any], handle: CacheTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A view needs no content: it is taken of the released storage, which the root and its views share."""
+    root = handle if handle._root is None else handle._root
+    with torch._C.DisableTorchFunctionSubclass():  # -> _compat
+        result = func(*args, **kwargs)
+    return tree_map(lambda tensor: _as_view(tensor, root), result)
+
+
+def _try(special: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        bound = inspect.signature(special).bind(*args, **kwargs)
+    except TypeError:  # the dense tensor will say what is wrong
+        return NotImplemented
+    return special(*bound.args, **bound.kwargs)
+
+
+def _whole(handle: CacheTensor, dim: object) -> int | None:
+    """The role of dimension `dim` of a whole handle (0 batch, 1 head, 2 slot, 3 channel), else None."""
+    if handle._root is not None or type(dim) is not int or not -4 <= dim < 4:
+        return None
+    return handle._dims.index(dim % 4)
+
+
+def _selection(handle: CacheTensor, index: object) -> Any:
+    """A new handle with the sequences `index`, for an index that the state understands."""
+    state = handle._state
+    assert state is not None
+    if not isinstance(index, Tensor) or isinstance(index, CacheTensor) or index.dim() != 1 or index.numel() == 0:
+        return NotImplemented
+    if index.dtype not in (torch.int64, torch.int32) or index.device != handle.device:
+        return NotImplemented
+    with _internal():
+        if int(index.min()) < 0 or int(index.max()) >= state.batch:
+            return NotImplemented
+        return _packed_like(handle, state.select(index.long()))
+
+
+def _zero_(handle: CacheTensor) -> Any:
+    if handle._root is not None:
+        return NotImplemented
+    _reset(handle)
+    return handle
+
+
+def _copy_(handle: CacheTensor, source: object, non_blocking: bool = False) -> Any:
+    if handle._root is not None or not isinstance(source, Tensor) or source.requires_grad:
+        return NotImplemented
+    dense: Tensor = Transients().lower(source)
+    trailing = zip(reversed(dense.shape), reversed(handle.shape), strict=False)
+    if dense.dim() > handle.dim() or any(n not in (1, m) for n, m in trailing):
+        return NotImplemented
+    with _internal():
+        _store(handle, dense.to(handle.device, handle.dtype, non_blocking=non_blocking).expand(handle.shape))
+    return handle
+
+
+def _index_copy_(handle: CacheTensor, dim: int, index: object, source: object) -> Any:
+    state = handle._state
+    if _whole(handle, dim) != 2 or not isinstance(source, Tensor) or not isinstance(index, Tensor):
+        return NotImplemented
+    assert state is not None
+    shape = list(handle.shape)
+    shape[dim] = index.numel()
+    if index.dim() != 1 or index.numel() == 0 or index.dtype != torch.int64 or source.requires_grad:
+        return NotImplemented
+    if (
+        list(source.shape) != shape
+        or source.dtype != handle.dtype
+        or not index.device == source.device == handle.device
+    ):
+        return NotImplemented
+    new: Tensor = Transients().lower(source)
+    positions: Tensor = Transients().lower(index)
+    with _internal():
+        if int(positions.min()) < 0 or int(positions.max()) >= state.slots:
+            return NotImplemented
+        state.write(new.permute(handle._dims), positions)
+    return handle
+
+
+def _index_select(handle: CacheTensor, dim: int, index: object) -> Any:
+    return _selection(handle, index) if _whole(handle, dim) == 0 else NotImplemented
+
+
+def _getitem(handle: CacheTensor, index: object) -> Any:
+    """``handle[sequences]`` and ``handle[sequences, ...]`` select over the batch."""
+    first, *rest = index if isinstance(index, tuple) and index else (index,)
+    if _whole(handle, 0) != 0 or any(item is not ... and item != slice(None) for item in rest) or len(rest) > 3:
+        return NotImplemented
+    return _selection(handle, first)
+
+
+def _repeat_interleave(
+    handle: CacheTensor, repeats: object, dim: int | None = None, *, output_size: int | None = None
+) -> Any:
+    if _whole(handle, dim) != 0 or not isinstance(repeats, int | Tensor) or isinstance(repeats, CacheTensor):
+        return NotImplemented
+    batch = torch.arange(handle.shape[dim or 0], device=handle.device)
+    return _selection(handle, batch.repeat_interleave(repeats, output_size=output_size))
+
+
+def _clone(handle: CacheTensor, *, memory_format: torch.memory_format = torch.preserve_format) -> Any:
+    if handle._state is None or memory_format not in (torch.preserve_format, torch.contiguous_format):
+        return NotImplemented
+    with _internal():
+        return _packed_like(handle, handle._state.clone())
+
+
+def _deepcopy(handle: CacheTensor, memo: dict[int, Any]) -> Any:
+    if id(handle) in memo:
+        return memo[id(handle)]
+    if handle._root is not None:
+        root = copy.deepcopy(handle._root, memo)
+        result = _as_view(_alias(root, handle), root)
+    else:
+        result = _clone(handle)
+    memo[id(handle)] = result
+    own = ("_state", "_dims", "_root")
+    result.__dict__.update({k: copy.deepcopy(v, memo) for k, v in handle.__dict__.items() if k not in own})
+    return result
+
+
+def _requires_grad(handle: CacheTensor, requires_grad: bool = True) -> Any:
+    if requires_grad:
+        raise RuntimeError(f"a packed cache cannot record gradients; {_RESTORE}")
+    return handle
+
+
+def _base(handle: CacheTensor) -> Any:
+    """None for a whole handle, even if it was a view of a tensor that nobody else knows of."""
+    with torch._C.DisableTorchFunctionSubclass():  # -> _compat
+        return None if handle._root is None else handle._base
+
+
+def _is_view(handle: CacheTensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():  # -> _compat
+        return handle._root is not None and handle._is_view()
+
+
+def _format(handle: CacheTensor, spec: str) -> Any:
+    return NotImplemented if handle.dim() == 0 else object.__format__(handle, spec)
+
+
+def _is_basic(index: object) -> bool:
+    """Whether indexing gives a view."""
+    return all(
+        item is None
+        or item is ...
+        or type(item) is int
+        or (
+            isinstance(item, slice)
+            and all(bound is None or type(bound) is int for bound in (item.start, item.stop, item.step))
+        )
+        for item in (index if isinstance(index, tuple) else (index,))
+    )
+
+
+def _functions(names: str) -> set[Callable[..., Any]]:
+    """The methods of `Tensor` and the functions of `torch` with these names."""
+    return {getattr(owner, name) for name in names.split() for owner in (Tensor, torch) if hasattr(owner, name)}
+
+
+_TENSOR_PROPERTIES = {"_base", "data", "real", "imag", "T", "H", "mT", "mH"}
+
+# Need no content.
+_METADATA = _functions(
+    "size stride dim ndimension numel nelement element_size storage_offset is_contiguous dim_order get_device "
+    "is_floating_point is_complex is_signed is_inference is_conj is_neg is_same_size is_coalesced _use_count "
+    "__len__ __hash__ __dlpack_device__ "
+    "empty_like zeros_like ones_like rand_like randn_like new_empty new_zeros new_ones"
+) | {
+    descriptor.__get__
+    for name, descriptor in vars(Tensor.__base__).items()
+    if isinstance(descriptor, GetSetDescriptorType) and name not in _TENSOR_PROPERTIES
+}
+
+# Need the memory, or change more than the content.
+_REFUSED = _functions(
+    "data_ptr untyped_storage storage _typed_storage numpy __dlpack__ share_memory_ apply_ map_ map2_ "
+    "resize_ resize_as_ t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_ as_strided_ _to_functional_tensor"
+) | {Tensor.data.__set__, Tensor.__cuda_array_interface__.__get__}  # type: ignore[attr-defined]
+
+# Always give views.
+_VIEWS = _functions(
+    "view view_as transpose swapaxes swapdims permute movedim moveaxis unsqueeze squeeze narrow select expand "
+    "expand_as unbind split chunk unflatten detach diagonal unfold"
+) | {Tensor.data.__get__}  # type: ignore[attr-defined]
+
+_SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
+    function: special
+    for names, special in {
+        "zero_": _zero_,
+        "copy_": _copy_,
+        "index_copy_": _index_copy_,
+        "index_select": _index_select,
+        "__getitem__": _getitem,
+        "repeat_interleave": _repeat_interleave,
+        "clone": _clone,
+        "__deepcopy__": _deepcopy,
+        "requires_grad_": _requires_grad,
+        "__format__": _format,
+        "_is_view": _is_view,
+    }.items()
+    for function in _functions(names)
+} | {
+    Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
+    Tensor._base.__get__: _base,  # type: ignore[union-attr]
+}

@@ -1,0 +1,306 @@
+"""Dynamo's graph to functional pre-dispatch ATen, where attention is whole and every write is a value, and back."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher  # -> _compat
+from torch._functorch.aot_autograd import aot_export_module  # -> _compat
+from torch._guards import TracingContext, tracing  # -> _compat
+from torch._subclasses.fake_tensor import FakeTensorMode  # -> _compat
+
+aten = torch.ops.aten
+
+_AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+_IN_PLACE_OPERATORS = {operator.setitem, operator.delitem} | {
+    getattr(operator, f"i{name}")
+    for name in (
+        "add",
+        "and",
+        "floordiv",
+        "lshift",
+        "matmul",
+        "mod",
+        "mul",
+        "or",
+        "pow",
+        "rshift",
+        "sub",
+        "truediv",
+        "xor",
+    )
+}
+
+
+@dataclass
+class Normal:
+    """A functional graph of ATen operators that does what a graph of Dynamo's does.
+
+    The graph returns a pair of tuples: the values that its inputs take, and what Dynamo's graph returns. Both stay true
+    while nodes are replaced, since the graph itself holds them.
+
+    Attributes:
+        gm: the module; its placeholders are Dynamo's, in Dynamo's order, until inputs are added or removed.
+        original: Dynamo's module, which is never changed.
+    """
+
+    gm: fx.GraphModule
+    original: fx.GraphModule
+    _targets: tuple[fx.Node, ...]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of `gm`."""
+        return self.gm.graph
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """The inputs, in order."""
+        return self.graph.find_nodes(op="placeholder")
+
+    @property
+    def mutations(self) -> list[tuple[fx.Node, fx.Node]]:
+        """(value, input) of every input that the graph writes: once it has run, the input holds the value."""
+        return list(zip(self._returned[0], self._targets, strict=True))
+
+    @mutations.setter
+    def mutations(self, mutations: Sequence[tuple[fx.Node, fx.Node]]) -> None:
+        self._output.args = ((tuple(value for value, _ in mutations), self._returned[1]),)
+        self._targets = tuple(target for _, target in mutations)
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        """What the graph returns to its caller: nodes and constants. A written input among them stands for itself."""
+        return self._returned[1]
+
+    @staticmethod
+    def source(placeholder: fx.Node) -> str:
+        """How Dynamo names an input, such as `L['cache'].layers[0].keys`; "" where it has no name."""
+        source = getattr(placeholder, "_dynamo_source", None)
+        return "" if source is None else str(source.name)
+
+    @property
+    def _output(self) -> fx.Node:
+        return self.graph.output_node()
+
+    @property
+    def _returned(self) -> tuple[tuple[fx.Node, ...], tuple[Any, ...]]:
+        returned: Any = self._output.args[0]
+        mutated, outputs = returned
+        return mutated, outputs
+
+
+def unsupported(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | None:
+    """Say why a graph must not be normalised, None if it may be.
+
+    To try and fail is no option for these graphs: tracing leaves state behind that breaks Dynamo's guards.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs. Only their metadata is read.
+    """
+    inputs = gm.graph.find_nodes(op="placeholder")
+    if TracingContext.try_get() is None or len(inputs) != len(example_inputs):
+        return "it was not traced by Dynamo"
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
+        return "it records gradients"
+    if any(True for _ in gm.parameters()) or any(True for _ in gm.buffers()):
+        return "it holds parameters or buffers of its own"
+    if any(torch.is_autocast_enabled(x.device.type) for x in example_inputs if isinstance(x, Tensor)):
+        return "it is traced under autocast"
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if (why := _foreign(node)) is not None:
+                return f"{node.name}: {why}"
+    return _aliasing(gm)
+
+
+def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normal:
+    """Trace a graph of Dynamo's to functional ATen operators, composites whole.
+
+    Must run inside a Dynamo backend: tracing works on fake tensors that share Dynamo's symbolic sizes, so nothing is
+    computed or written, and shape guards go where they belong.
+
+    Args:
+        gm: Dynamo's graph, not `unsupported`. It is not changed.
+        example_inputs: its inputs. Only their metadata is read.
+
+    Returns:
+        The functional graph, without dead code.
+
+    Raises:
+        RestartAnalysis: Dynamo's own control flow, which the caller must let through.
+    """
+    context = TracingContext.get()
+    mode = context.fake_mode
+    assert mode is not None
+    fakes = FakeTensorMode(shape_env=mode.shape_env, allow_non_fake_inputs=False)
+    inputs = gm.graph.find_nodes(op="placeholder")
+
+    def fake(node: fx.Node, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        symbolic = context.tensor_to_context.get(x)
+        if symbolic is None:
+            return fakes.from_tensor(x, static_shapes=True)
+        return fakes.from_tensor(x, symbolic_context=symbolic, source=node._dynamo_source, trace=False)  # type: ignore[attr-defined]
+
+    arguments = tuple(fake(node, x) for node, x in zip(inputs, example_inputs, strict=True))
+    with tracing(TracingContext(fakes)), enable_python_dispatcher(), torch.no_grad(), fx.traceback.preserve_node_meta():
+        traced, signature = aot_export_module(gm, arguments, trace_joint=False, pre_dispatch=True, decompositions={})
+    assert isinstance(traced, fx.GraphModule)
+    mutated = {str(value): str(target) for value, target in signature.user_inputs_to_mutate.items()}
+    return _settle(gm, traced, mutated)
+
+
+def finish(normal: Normal) -> fx.GraphModule:
+    """Turn a normalised graph into one that `compile_fx` takes in place of Dynamo's, with the inputs it has by now.
+
+    The module of `normal` is changed and returned; inputs that were added must bring their own source.
+    """
+    gm, output = normal.gm, normal._output
+    mutations, outputs = normal.mutations, normal.outputs
+    with gm.graph.inserting_before(output):
+        for value, target in mutations:
+            gm.graph.call_function(aten.copy_.default, (target, value))
+    output.args = (outputs,)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    gm.meta.update(normal.original.meta)
+    # Dynamo's modules carry it; AOTAutograd names parameters by it.
+    names: Any = getattr(normal.original, "_param_name_to_source", {})
+    gm._param_name_to_source = names
+    return gm
+
+
+def _settle(gm: fx.GraphModule, traced: fx.GraphModule, mutated: Mapping[str, str]) -> Normal:
+    """Give the exported module Dynamo's names for its inputs and the shape of a `Normal`."""
+    graph = traced.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    for theirs, ours in zip(gm.graph.find_nodes(op="placeholder"), placeholders, strict=True):
+        ours._dynamo_source = theirs._dynamo_source
+        if "tensor_dict" in theirs.meta:
+            ours.meta["tensor_dict"] = theirs.meta["tensor_dict"]
+    output = graph.output_node()
+    returned: Any = output.args[0]
+    values, outputs = returned[: len(mutated)], returned[len(mutated) :]
+    named = {p.name: p for p in placeholders}
+    targets = tuple(named[name] for name in mutated.values())
+    assert [v.name for v in values] == list(mutated)
+    # A written input that is returned is the input, not a copy of it.
+    itself = dict(zip(values, targets, strict=True))
+    before: Any = gm.graph.output_node().args[0]
+    outputs = tuple(itself.get(x, x) if _is_input(y) else x for x, y in zip(outputs, before, strict=True))
+    output.args = ((values, outputs),)
+    for node in list(graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default)):
+        graph.erase_node(node)
+    for node in list(graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)):
+        graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        _guard_lengths(node)
+    graph.eliminate_dead_code()
+    for name, constant in list(traced._buffers.items()):
+        # AOTAutograd looks for a Dynamo source of every buffer; constants of the graph have none.
+        delattr(traced, name)
+        setattr(traced, name, constant)
+    traced.recompile()
+    return Normal(traced, gm, targets)
+
+
+def _guard_lengths(attention: fx.Node) -> None:
+    """Guard that keys, values and mask are of one length, as the attention demands.
+
+    Whole in this form, the operator does not look; once decomposed, it would add the same guards. Without them caches
+    of symbolic length, each with a symbol of its own, could not be told to fit each other.
+    """
+    _, key, value, *rest = attention.args
+    mask = rest[0] if rest else attention.kwargs.get("attn_mask")
+    lengths = [x.meta["val"].shape[-2] for x in (key, value) if isinstance(x, fx.Node)]
+    if isinstance(mask, fx.Node) and mask.meta["val"].shape[-1] != 1:
+        lengths.append(mask.meta["val"].shape[-1])
+    for length in lengths[1:]:
+        bool(length == lengths[0])  # asking adds the guard
+
+
+def _foreign(node: fx.Node) -> str | None:
+    """What of a node the normal form cannot hold."""
+    target = node.target
+    if node.op == "call_method" and target == "requires_grad_":
+        return "it asks for gradients"
+    if node.op != "call_function":
+        return None
+    if str(getattr(target, "__module__", "")).startswith(("torch._functorch", "torch._C._functorch")):
+        return "a functorch transform (vmap, grad)"
+    if target in _AUTOCAST:
+        return "an autocast region"
+    if isinstance(target, torch._ops.HigherOrderOperator) and target.name() != "flex_attention":
+        return "a higher-order operator"
+    if target is torch._C._set_grad_enabled and node.args[0]:
+        grads = (n.meta["example_value"] for n in node.graph.find_nodes(op="placeholder"))
+        if any(isinstance(x, Tensor) and x.requires_grad for x in grads):
+            return "it switches gradients on"
+    if node.meta.get("unbacked_bindings"):
+        return "a size that depends on data"
+    return None
+
+
+def _aliasing(gm: fx.GraphModule) -> str | None:
+    """Why writes to shared memory keep a graph from having a functional form.
+
+    Dynamo's fake tensors share storage where the real ones do; the real ones need not be touched.
+    """
+    storages: dict[int, list[fx.Node]] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        for storage in _storages([node]):
+            storages.setdefault(storage, []).append(node)
+    written = {s for node in gm.graph.nodes if _writes(node) for s in _storages([node, *node.all_input_nodes])}
+    for storage, nodes in storages.items():
+        if len(nodes) > 1 and storage in written:
+            return f"inputs share memory that it writes: {', '.join(map(Normal.source, nodes))}"
+    for output in gm.graph.output_node().all_input_nodes:
+        if not _is_input(output) and _storages([output]) & written & storages.keys():
+            return f"it returns a view of an input that it writes: {output.name}"
+    return None
+
+
+def _storages(nodes: Iterable[fx.Node]) -> set[int]:
+    """Identities of the storages behind the tensors that Dynamo saw at these nodes."""
+    found: set[int] = set()
+    for node in nodes:
+        value = node.meta.get("example_value")
+        for x in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(x, Tensor) and x.layout == torch.strided:
+                found.add(x.untyped_storage()._cdata)
+    return found
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node of Dynamo's may write to a tensor that it is given."""
+    target = node.target
+    if node.op == "call_method":
+        return _in_place(str(target)) or target in ("__setitem__", "__iadd__")
+    if node.op != "call_function":
+        return False
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    named = _in_place(str(getattr(target, "__name__", "")))
+    return named or target in _IN_PLACE_OPERATORS or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+
+
+def _in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _is_input(node: object) -> bool:
+    """Whether a value of Dynamo's graph is an input itself: in-place methods return the tensor they write."""
+    while isinstance(node, fx.Node) and node.op == "call_method" and _writes(node):
+        node = node.args[0]
+    return isinstance(node, fx.Node) and node.op == "placeholder"

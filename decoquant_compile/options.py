@@ -1,0 +1,91 @@
+"""What a user can ask for: one frozen, validated `Options`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from decoquant_compile import _compat
+
+BITS = (16, 8, 5, 4, 3, 2)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the backend; each is a plain name in `torch.compile(options={...})` and in `enable(...)`.
+
+    Attributes:
+        bits: bits per stored element of keys and values: 8, 5, 4, 3 or 2; 16 takes the same path without quantising
+            (values stay in the cache's own dtype).
+        key_bits: bits of keys, if they differ from `bits`.
+        value_bits: bits of values, if they differ from `bits`.
+        sinks: tokens at the start of each sequence that stay in the cache's own dtype.
+        window: newest tokens of each sequence that stay in the cache's own dtype.
+        max_rewrites: rewrite at most so many attentions per graph, to bisect a wrong result; None for all.
+    """
+
+    bits: int = 4
+    key_bits: int | None = None
+    value_bits: int | None = None
+    sinks: int = 4
+    window: int = 64
+    max_rewrites: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "key_bits", "value_bits"):
+            value = getattr(self, name)
+            if value is None and name != "bits":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value not in BITS:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, BITS))}")
+        for name in ("sinks", "window", "max_rewrites"):
+            value = getattr(self, name)
+            if value is None and name == "max_rewrites":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r}: expected a whole number, 0 or more")
+        if self.window < 1:
+            raise ValueError(f"window={self.window!r}: expected at least 1, the newest token is always exact")
+
+    @property
+    def bits_of_keys(self) -> int:
+        """Bits per stored element of keys."""
+        return self.bits if self.key_bits is None else self.key_bits
+
+    @property
+    def bits_of_values(self) -> int:
+        """Bits per stored element of values."""
+        return self.bits if self.value_bits is None else self.value_bits
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of all options."""
+        return tuple(f.name for f in fields(cls))
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> tuple[Options, dict[str, Any]]:
+        """Split what `torch.compile` passes into our options and patches of Inductor's configuration.
+
+        Raises:
+            ValueError: an option is neither ours nor Inductor's, a value is not valid, or the mode is unknown.
+        """
+        patches: dict[str, Any] = {}
+        if mode is not None:
+            try:
+                patches.update(_compat.mode_options(mode))
+            except RuntimeError as error:
+                raise ValueError(f"mode={mode!r}: {error}") from error
+        own: dict[str, Any] = {}
+        known = _compat.inductor_options()
+        for name, value in (options or {}).items():
+            if name in cls.names():
+                own[name] = value
+            elif name.replace("-", "_") in known:
+                patches[name.replace("-", "_")] = value
+            else:
+                raise ValueError(
+                    f"option {name!r} is not known: expected one of {', '.join(cls.names())}, "
+                    "or an option of Inductor (torch._inductor.list_options())"
+                )
+        return cls(**own), patches

@@ -1,0 +1,184 @@
+"""What was found in the compiled graphs, what was done with it, and what it saved: values first, tables second."""
+
+from __future__ import annotations
+
+import enum
+import io
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from decoquant_compile.kernels.state import CacheState
+from decoquant_compile.patterns.match import Site
+from decoquant_compile.patterns.reject import Reject
+
+
+class Untouched(enum.Enum):
+    """Why a whole graph went to Inductor as it came."""
+
+    NO_ATTENTION = "the graph holds no attention"
+    GRADIENTS = "the graph records gradients; run generation under torch.no_grad() or torch.inference_mode()"
+    UNSUPPORTED = "the graph cannot be brought into normal form"
+    NO_SITE = "no attention over a cache that we can hold"
+    INTERNAL_ERROR = "our pass failed; please report it"
+
+
+class Obstacle(enum.Enum):
+    """Why a call of a rewritten graph ran dense."""
+
+    ALIASED_STORAGE = "a cache tensor cannot be taken over"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One attention (or cache write) of a graph and what became of it.
+
+    Attributes:
+        attention: name of the attention's node in the graph.
+        keys: where the keys are cached, as Dynamo names it; "" if not cached.
+        write: how the cache is written ("index_copy", "roll", ...); "" if not known.
+        form: form of the attention ("sdpa", ...).
+        outcome: "rewritten", or the reason why not.
+        detail: more about the outcome.
+    """
+
+    attention: str
+    keys: str
+    write: str
+    form: str
+    outcome: str
+    detail: str = ""
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether the attention reads the packed cache."""
+        return self.outcome == "rewritten"
+
+    @classmethod
+    def of(cls, found: Site | Reject, source: str, detail: str = "") -> Finding:
+        """The row of a site (rewritten) or of a reject."""
+        if isinstance(found, Site):
+            form = found.core.form if found.read else f"{found.core.form}, own tokens only"
+            return cls(found.core.node.name, source, found.key.form, form, "rewritten", detail)
+        form = found.core.form if found.core else ""
+        return cls(found.where, source, "", form, found.reason.name, found.detail or found.reason.value)
+
+
+@dataclass
+class GraphReport:
+    """One compiled graph.
+
+    Attributes:
+        name: Dynamo's frame and the number of its entry, as "frame/entry".
+        findings: a row for each attention.
+        untouched: why the whole graph was left alone; None if something was rewritten.
+        detail: more about `untouched`.
+        calls: how often the compiled graph ran.
+        dense_calls: how often it ran on dense tensors all the same, and why the last time.
+    """
+
+    name: str
+    findings: list[Finding] = field(default_factory=list)
+    untouched: Untouched | None = None
+    detail: str = ""
+    calls: int = 0
+    dense_calls: int = 0
+    obstacle: str = ""
+
+    @property
+    def rewritten(self) -> int:
+        """Number of attentions that read the packed cache."""
+        return sum(f.rewritten for f in self.findings)
+
+    def __str__(self) -> str:
+        if self.untouched is not None and not self.findings:
+            return f"graph {self.name}: untouched, {self.untouched.value}" + (f": {self.detail}" if self.detail else "")
+        rejected: dict[str, int] = {}
+        for f in self.findings:
+            if not f.rewritten:
+                rejected[f.outcome] = rejected.get(f.outcome, 0) + 1
+        parts = [f"{count} {reason}" for reason, count in rejected.items()]
+        tail = f" ({', '.join(parts)})" if parts else ""
+        return f"graph {self.name}: {self.rewritten} of {len(self.findings)} attentions rewritten{tail}"
+
+
+@dataclass
+class TakenOver:
+    """One cache tensor that is held packed now.
+
+    Attributes:
+        source: the tensor as Dynamo names it.
+        role: "key" or "value".
+        bits: bits per stored element.
+        dense_bytes: bytes of the storage that was released.
+        state: the packed state, while it lives.
+    """
+
+    source: str
+    role: str
+    bits: int
+    dense_bytes: int
+    state: weakref.ref[CacheState]
+
+    @property
+    def packed_bytes(self) -> int | None:
+        """Bytes of the live packed buffer; None once the cache is gone."""
+        state = self.state()
+        return None if state is None else state.nbytes
+
+
+@dataclass
+class Report:
+    """All graphs compiled or run, and all caches taken over, while a session was open.
+
+    `str(report)` and rich's `print(report)` show tables: one row for each attention, one line for the bytes.
+    """
+
+    graphs: list[GraphReport] = field(default_factory=list)
+    caches: list[TakenOver] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def rewritten(self) -> int:
+        """Number of attentions, over all graphs, that read a packed cache."""
+        return sum(g.rewritten for g in self.graphs)
+
+    @property
+    def findings(self) -> Iterator[Finding]:
+        """The findings of all graphs."""
+        return (f for g in self.graphs for f in g.findings)
+
+    def bytes(self) -> tuple[int, int]:
+        """(dense bytes released, packed bytes held) of the caches that are still alive."""
+        live = [(c.dense_bytes, c.packed_bytes) for c in self.caches]
+        return sum(d for d, p in live if p is not None), sum(p for _, p in live if p is not None)
+
+    def __rich__(self) -> RenderableType:
+        table = Table(title="attention in the compiled graphs", title_justify="left")
+        for column in ("graph", "attention", "form", "cache", "write", "outcome"):
+            table.add_column(column, overflow="fold")
+        for graph in self.graphs:
+            for f in graph.findings:
+                outcome = f.outcome if not f.detail else f"{f.outcome}: {f.detail}"
+                table.add_row(graph.name, f.attention, f.form, f.keys, f.write, outcome)
+            if not graph.findings and graph.untouched is not None:
+                table.add_row(graph.name, "", "", "", "", str(graph.untouched.value) + (f": {graph.detail}" if graph.detail else ""))
+        parts: list[RenderableType] = [table]
+        dense, packed = self.bytes()
+        if dense:
+            parts.append(
+                f"{sum(c.packed_bytes is not None for c in self.caches)} cache tensors held packed: "
+                f"{dense / 2**20:.2f} MiB dense before, {packed / 2**20:.2f} MiB now ({packed / dense:.3f})"
+            )
+        parts += [f"{g.name}: {g.dense_calls} of {g.calls} calls ran dense: {g.obstacle}" for g in self.graphs if g.dense_calls]
+        parts += self.notes
+        return Group(*parts)
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=140, force_terminal=False, color_system=None)
+        console.print(self)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        return str(text).rstrip()

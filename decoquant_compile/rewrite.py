@@ -1,0 +1,298 @@
+"""Graph surgery: the sites of a normalised graph become `store` and `attend` on packed state buffers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from decoquant_compile import _compat
+from decoquant_compile.kernels import ops
+from decoquant_compile.kernels.format import Format
+from decoquant_compile.normalize import Normal, finish
+from decoquant_compile.patterns.cache import CacheWrite
+from decoquant_compile.patterns.match import Site
+from decoquant_compile.patterns.symbols import Int, shape
+
+aten = torch.ops.aten
+
+# Example buffers only name a symbolic size; distinct sizes keep the symbols of different caches apart.
+_EXAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One cache tensor that a rewritten graph stores to.
+
+    Attributes:
+        index: position among the inputs that Dynamo passes.
+        source: the tensor as Dynamo names it.
+        dims: which of its dims is batch, head, slot, channel.
+        format: how its state is packed.
+    """
+
+    index: int
+    source: str
+    dims: tuple[int, int, int, int]
+    format: Format
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A small graph that tells, before the first call, what a cache holds: where the call writes and its masks.
+
+    Attributes:
+        graph: computes `outputs` from some of Dynamo's inputs; runs eagerly, once per takeover.
+        inputs: positions of its inputs among those that Dynamo passes.
+        length: per binding, index of the output that bounds the tokens held so far (their number, or the slots
+            written now), or None.
+        mask: per binding, index of the output with the attention mask, or None.
+        first: per binding, index of the output with the slot of the mask's first column, or None.
+    """
+
+    graph: fx.GraphModule
+    inputs: tuple[int, ...]
+    length: tuple[int | None, ...]
+    mask: tuple[int | None, ...]
+    first: tuple[int | None, ...]
+
+
+@dataclass
+class Rewritten:
+    """A graph on packed state.
+
+    Attributes:
+        gm: ready for Inductor; its inputs are Dynamo's inputs `kept`, then one state buffer for each binding.
+        kept: positions, among Dynamo's inputs, of those that the graph still takes.
+        bindings: the cache tensors, in the order of the state buffers.
+        examples: example buffers for the compiler.
+        probe: what takeover needs to know.
+    """
+
+    gm: fx.GraphModule
+    kept: tuple[int, ...]
+    bindings: tuple[Binding, ...]
+    examples: tuple[Tensor, ...]
+    probe: Probe
+
+
+def rewrite(normal: Normal, sites: Sequence[Site], formats: Sequence[tuple[Format, Format]]) -> Rewritten:
+    """Replace each site's cache writes by `store` and its attention by `attend`.
+
+    Args:
+        normal: the normalised graph; it is changed in place.
+        sites: what to rewrite; no two share a cache tensor.
+        formats: packed format of the keys and of the values of each site.
+
+    Returns:
+        The graph, finished for Inductor, with the inputs it takes now.
+    """
+    return _Rewriter(normal).run(sites, formats)
+
+
+@dataclass
+class _Rewriter:
+    normal: Normal
+    bindings: list[Binding] = field(default_factory=list)
+    states: list[fx.Node] = field(default_factory=list)
+    examples: list[Tensor] = field(default_factory=list)
+    wanted: list[tuple[Int | None, fx.Node | None, Int]] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.normal.gm.graph
+
+    def run(self, sites: Sequence[Site], formats: Sequence[tuple[Format, Format]]) -> Rewritten:
+        inputs = list(self.normal.placeholders)
+        for site, (key_format, value_format) in zip(sites, formats, strict=True):
+            self._note(site)
+            self._bind(site.key, site.dims, key_format)
+            self._bind(site.value, site.dims, value_format)
+        # Before the writes go: the probe copies nodes of the graph as it came.
+        probe = _probe(inputs, self.wanted)
+        for number, (site, pair) in enumerate(zip(sites, formats, strict=True)):
+            self._replace(site, self.states[2 * number], self.states[2 * number + 1], *pair)
+        held = {write.buffer for site in sites for write in (site.key, site.value)}
+        self.normal.mutations = [(value, target) for value, target in self.normal.mutations if target not in held]
+        for node in self.graph.find_nodes(op="call_function", target=aten.view.default):
+            # A view was chosen for the strides of an operand that may be another now.
+            node.target = aten.reshape.default
+        gm = finish(self.normal)
+        for node in gm.graph.find_nodes(op="placeholder"):
+            if not node.users and node in {inputs[b.index] for b in self.bindings}:
+                gm.graph.erase_node(node)
+        gm.recompile()
+        left = gm.graph.find_nodes(op="placeholder")
+        kept = tuple(inputs.index(node) for node in left if node not in self.states)
+        return Rewritten(gm, kept, tuple(self.bindings), tuple(self.examples), probe)
+
+    def _bind(self, write: CacheWrite, dims: tuple[int, int, int, int], format_: Format) -> None:
+        index = list(self.normal.placeholders).index(write.buffer)
+        last = self.graph.find_nodes(op="placeholder")[-1]
+        number = len(self.states)
+        with self.graph.inserting_after(last):
+            state = self.graph.placeholder(f"decoquant_state_{number}")
+        example = torch.empty(_EXAMPLE_BYTES + 64 * number, dtype=torch.uint8, device=write.buffer.meta["val"].device)
+        _compat.add_input_source(state, example, state.name)
+        self.states.append(state)
+        self.examples.append(example)
+        self.bindings.append(Binding(index, self.normal.source(write.buffer), dims, format_))
+
+    def _note(self, site: Site) -> None:
+        """Remember what takeover wants to know of the site's keys and values."""
+        first: Int = site.read.first if site.read is not None else 0
+        for write in (site.key, site.value):
+            held = write.positions if write.positions is not None else write.start if write.start is not None else write.kept
+            self.wanted.append((held, site.core.mask if site.read is not None else None, first))
+
+    def _replace(self, site: Site, key_state: fx.Node, value_state: fx.Node, key_format: Format, value_format: Format) -> None:
+        core = site.core
+        with self.graph.inserting_before(core.node):
+            key, value = self._tokens(site.key, site.dims), self._tokens(site.value, site.dims)
+            key_slots, value_slots = self._size(site.key.buffer, site.dims[2]), self._size(site.value.buffer, site.dims[2])
+            tokens = self._size(key, 2)
+            length = self._size(core.key, 2)
+            first: Int = site.read.first if site.read is not None else 0
+            mask = self._mask(site, length)
+            stored, shift = self._placing(site.key, tokens, key_slots, key)
+
+            def store(state: fx.Node, new: fx.Node, query: fx.Node | None, slots: Int, format_: Format) -> None:
+                arguments = (state, new, stored, query, mask, slots, shift, first, format_.key())
+                self.graph.call_function(ops.store, arguments)
+
+            def attend(positions: fx.Node) -> None:
+                arguments = (core.query, key_state, value_state, key, value, positions, mask, core.scale)
+                sizes = (key_slots, first, length, key_format.key(), value_format.key())
+                attention = self.graph.call_function(ops.attend, (*arguments, *sizes))
+                core.node.replace_all_uses_with(attention)
+
+            appended = site.read is not None and not site.read.after_write
+            if appended:  # the attention sees the cache as it was
+                held = site.key.kept
+                assert held is not None
+                attend(self._arange(held, self._add(held, tokens), key))
+            store(key_state, key, core.query, key_slots, key_format)
+            store(value_state, value, None, value_slots, value_format)
+            if site.read is not None and not appended:
+                attend(stored)
+        if site.read is not None:
+            self.graph.erase_node(core.node)
+
+    def _tokens(self, write: CacheWrite, dims: tuple[int, int, int, int]) -> fx.Node:
+        """The new tokens as the cache would hold them: its dtype, [batch, heads, tokens, channels]."""
+        new, dtype = write.new, write.buffer.meta["val"].dtype
+        if new.meta["val"].dtype != dtype:
+            new = self.graph.call_function(aten.to.dtype, (new, dtype))
+            new.meta["val"] = write.new.meta["val"].to(dtype)
+        if dims != (0, 1, 2, 3):
+            value = new.meta["val"]
+            new = self.graph.call_function(aten.permute.default, (new, list(dims)))
+            new.meta["val"] = value.permute(dims)
+        return new
+
+    def _placing(self, write: CacheWrite, tokens: Int, slots: Int, like: fx.Node) -> tuple[fx.Node, Int]:
+        """Slots that the new tokens take, after the cache has moved left by the second value."""
+        if write.positions is not None:
+            positions = write.positions
+            if write.wraps:
+                positions = self.graph.call_function(aten.remainder.Scalar, (positions, slots))
+            return positions, 0
+        if write.start is not None:
+            return self._arange(write.start, self._add(write.start, tokens), like), 0
+        assert write.kept is not None
+        return self._arange(self._sub(slots, tokens), slots, like), self._sub(self._add(write.kept, tokens), slots)
+
+    def _mask(self, site: Site, length: Int) -> fx.Node | None:
+        """The mask as a tensor: `is_causal` admits column j to row i where j <= i, whatever the lengths."""
+        core = site.core
+        if not core.is_causal or site.read is None:
+            return core.mask
+        rows = self._arange(0, self._size(core.query, 2), core.query)
+        columns = self._arange(0, length, core.query)
+        return self.graph.call_function(aten.le.Tensor, (columns, self.graph.call_function(aten.unsqueeze.default, (rows, 1))))
+
+    def _arange(self, start: Int, end: Int, like: fx.Node) -> fx.Node:
+        device = like.meta["val"].device
+        return self.graph.call_function(
+            aten.arange.start, (start, end), {"dtype": torch.int64, "device": device, "pin_memory": False}
+        )
+
+    def _size(self, node: fx.Node, dim: int) -> Int:
+        """A size as a constant, or computed from the inputs that carry its symbols.
+
+        Not read off the node: that would keep the dense operand alive.
+        """
+        size = shape(node)[dim]
+        return size if isinstance(size, int) else _compat.size_node(self.graph, size)
+
+    def _add(self, a: Int, b: Int) -> Int:
+        return self._fold(operator.add, a, b)
+
+    def _sub(self, a: Int, b: Int) -> Int:
+        return self._fold(operator.sub, a, b)
+
+    def _fold(self, function: Callable[[int, int], int], a: Int, b: Int) -> Int:
+        if isinstance(a, int) and isinstance(b, int):
+            return function(a, b)
+        return self.graph.call_function(function, (a, b))
+
+
+# What a probe may not run: it would repeat the work of the model.
+_HEAVY = {
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.scaled_dot_product_attention.default,
+    aten.softmax.int,
+    aten.embedding.default,
+}
+_PROBE_NODES = 512
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node] | None:
+    """All nodes that `node` is computed from, itself included; None where that is the work of a model."""
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        n = todo.pop()
+        if n in seen:
+            continue
+        if n.target in _HEAVY or len(seen) > _PROBE_NODES:
+            return None
+        seen.add(n)
+        todo += n.all_input_nodes
+    return seen
+
+
+def _probe(inputs: Sequence[fx.Node], wanted: Iterable[tuple[Int | None, fx.Node | None, Int]]) -> Probe:
+    """Cut out of the graph what is needed to compute the wanted values."""
+    outputs: list[Int] = []
+    needed: set[fx.Node] = set()
+
+    def output(value: Int | None) -> int | None:
+        if value is None:
+            return None
+        if isinstance(value, fx.Node):
+            if (nodes := _ancestors(value)) is None:
+                return None
+            needed.update(nodes)
+        if value not in outputs:
+            outputs.append(value)
+        return outputs.index(value)
+
+    rows = [(output(held), output(mask), output(first)) for held, mask, first in wanted]
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs[0].graph.nodes:
+        if node in needed:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(tuple(copies[x] if isinstance(x, fx.Node) else x for x in outputs))
+    taken = tuple(i for i, node in enumerate(inputs) if node in needed)
+    module = fx.GraphModule(inputs[0].graph.owning_module, graph)
+    return Probe(module, taken, *(tuple(column) for column in zip(*rows, strict=True)))

@@ -1,0 +1,237 @@
+"""Cache tensors change hands: taken over into packed states, and given back."""
+
+import types
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from decoquant_compile import _storage
+from decoquant_compile.handle import CacheTensor, Dims, pack, unpack
+from decoquant_compile.kernels.format import Format
+from decoquant_compile.kernels.state import CacheState
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One cache tensor to take over.
+
+    Attributes:
+        tensor: the dense tensor; becomes a handle.
+        dims: which of its dimensions is batch, head, slot, channel.
+        format: how its tokens are to be stored.
+    """
+
+    tensor: Tensor
+    dims: Dims
+    format: Format
+
+
+class Obstructed(RuntimeError):  # noqa: N818 - a condition, not a fault
+    """Some cache tensors cannot be taken over; none was changed.
+
+    Attributes:
+        reasons: for each claim, why it cannot be taken over, or None if it could.
+    """
+
+    def __init__(self, reasons: Sequence[str | None]) -> None:
+        self.reasons = tuple(reasons)
+        found = [f"cache tensor {i}: {reason}" for i, reason in enumerate(reasons) if reason is not None]
+        super().__init__("; ".join(found))
+
+
+def obstacle(tensor: Tensor, dims: Dims) -> str | None:
+    """Why a tensor cannot be taken over now: its memory could not be released, or somebody else would miss it.
+
+    Args:
+        tensor: a cache tensor.
+        dims: which of its dimensions is batch, head, slot, channel.
+    """
+    if isinstance(tensor, CacheTensor):
+        return "is a view of a packed cache" if tensor._root is not None else "is packed already"
+    if type(tensor) is not Tensor:
+        return f"is a {type(tensor).__name__}, not a plain tensor"
+    if _storage.is_wrapped(tensor):
+        return "is a tensor of a functorch transform"
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        return f"has layout {tensor.layout} on {tensor.device}, not strided memory"
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"has dtype {tensor.dtype}, not float32, bfloat16 or float16"
+    if tensor.requires_grad:
+        return "requires grad"
+    if tensor.dim() != 4 or sorted(dims) != [0, 1, 2, 3]:
+        return f"has shape {tuple(tensor.shape)}, whose batch, head, slot and channel are not dimensions {dims}"
+    if tensor.numel() == 0:
+        return f"is empty: shape {tuple(tensor.shape)}"
+    if tensor.is_neg() or tensor._is_zerotensor():
+        return "is a lazy tensor"
+    storage = tensor.untyped_storage()
+    if not tensor.is_contiguous() or tensor.storage_offset() != 0 or storage.nbytes() != tensor.nbytes:
+        return "is not contiguous or does not cover its storage exactly"
+    if not storage.resizable() or storage.is_shared():
+        return "has memory that belongs to somebody else (a NumPy array, a file, another process)"
+    if not _storage.is_sole_owner(tensor):
+        return "shares its memory with another tensor (a view, a stacked buffer, an export, an autograd graph)"
+    return None
+
+
+def take_over(
+    claims: Sequence[Claim], *, lengths: Sequence[int | None], masks: Sequence[tuple[Tensor, int] | None]
+) -> None:
+    """Move cache tensors into packed states, release their memory and make them handles; all of them or none.
+
+    Slots that are all zero count as never written. At most one tensor's tokens are copied at a time, beside the packed
+    states.
+
+    Args:
+        claims: the cache tensors.
+        lengths: for each, the slot of the first token that is not in the cache yet; what stands from there on is left
+            over from an earlier sequence. None means that every token belongs to the present one.
+        masks: for each, the attention mask of the first compiled call, bool (True admits) or additive
+            ``[batch | 1, heads | 1, queries | 1, length]``, with the slot of its column 0. Tells where left-padded
+            sequences start. None means that there is no padding.
+
+    Raises:
+        Obstructed: a tensor cannot be taken over; nothing was changed.
+    """
+    times = Counter(id(claim.tensor) for claim in claims)
+    reasons = [
+        obstacle(claim.tensor, claim.dims)
+        or _misfit(claim)
+        or ("is claimed twice" if times[id(claim.tensor)] > 1 else None)
+        for claim in claims
+    ]
+    if any(reasons):
+        raise Obstructed(reasons)
+    taken = [
+        (claim, _ingest(claim, length, mask), _storage.released(claim.tensor.nbytes, claim.tensor.device))
+        for claim, length, mask in zip(claims, lengths, masks, strict=True)
+    ]
+    for claim, state, released in taken:
+        pack(claim.tensor, state, claim.dims, released)
+
+
+def _misfit(claim: Claim) -> str | None:
+    held = (claim.tensor.shape[claim.dims[3]], claim.tensor.dtype)
+    wanted = (claim.format.head_dim, claim.format.dtype)
+    return None if held == wanted else f"has channels and dtype {held}, but its format says {wanted}"
+
+
+def _ingest(claim: Claim, length: int | None, mask: tuple[Tensor, int] | None) -> CacheState:
+    """A packed state with the content of a dense tensor."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        dense = claim.tensor.permute(claim.dims)
+        batch, heads, slots, _ = dense.shape
+        state = CacheState.empty(claim.format, batch, heads, slots, dense.device)
+        written = (dense.amax((1, 3)) != 0) | (dense.amin((1, 3)) != 0)  # [B, S], without a mask of the tensor's size
+        positions = written.any(0).nonzero()[:, 0]
+        if length is not None:  # left-overs first: the window keeps what was written last
+            positions = torch.cat((positions[positions >= length], positions[positions < length]))
+        if len(positions):
+            rows = written[:, positions]
+            admitted, first = (None, 0) if mask is None else mask
+            state.write(dense.index_select(2, positions), positions, mask=admitted, first=first, rows=rows)
+    return state
+
+
+def restore(cache: T) -> T:
+    """Give a cache its dense tensors back, with the content that attention sees.
+
+    Args:
+        cache: a tensor, a module, a Hugging Face `Cache`, or any object that holds tensors in containers and
+            attributes.
+
+    Returns:
+        The same object; each packed tensor in it is a plain tensor again, under the same identity.
+
+    Raises:
+        TypeError: the object holds no tensor.
+    """
+    for tensor in _tensors(cache):
+        if isinstance(tensor, CacheTensor):
+            unpack(tensor)
+    return cache
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Memory held by tensors.
+
+    Attributes:
+        packed: bytes of the states of packed cache tensors.
+        dense: bytes of the storages of all other tensors.
+    """
+
+    packed: int
+    dense: int
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.packed + self.dense
+
+
+def nbytes(cache: object) -> Bytes:
+    """Bytes that a cache really holds, counted from its live tensors, each storage once.
+
+    Args:
+        cache: as for `restore`.
+
+    Raises:
+        TypeError: the object holds no tensor.
+    """
+    packed: dict[int, int] = {}
+    dense: dict[int, int] = {}
+    for tensor in _tensors(cache):
+        root = tensor if not isinstance(tensor, CacheTensor) or tensor._root is None else tensor._root
+        if isinstance(root, CacheTensor):
+            assert root._state is not None
+            packed[id(root._state)] = root._state.nbytes
+        elif root.layout == torch.strided and root.device.type != "meta":
+            storage = root.untyped_storage()
+            dense[storage._cdata] = storage.nbytes()
+    return Bytes(sum(packed.values()), sum(dense.values()))
+
+
+_OPAQUE = (str, bytes, int, float, complex, type, types.ModuleType, types.FunctionType, torch.dtype, torch.device)
+
+
+def _tensors(root: object) -> Iterator[Tensor]:
+    """Every tensor reachable from an object through built-in containers and attributes, once each.
+
+    Raises:
+        TypeError: there is none.
+    """
+    seen: dict[int, object] = {}  # keeps what a property made alive, so that an id stays its own
+    stack = [root]
+    found = False
+    while stack:
+        item = stack.pop()
+        if item is None or isinstance(item, _OPAQUE) or id(item) in seen:
+            continue
+        seen[id(item)] = item
+        if isinstance(item, Tensor):
+            found = True
+            yield item
+        else:
+            stack.extend(_parts(item))
+    if not found:
+        raise TypeError(f"expected a tensor, or an object that holds tensors, got a {type(root).__name__} without any")
+
+
+def _parts(item: object) -> Iterable[Any]:
+    if isinstance(item, dict | types.MappingProxyType):
+        yield from item.values()
+    elif isinstance(item, list | tuple | set | frozenset | deque):
+        yield from item
+    yield from getattr(item, "__dict__", {}).values()
+    for owner in type(item).__mro__:
+        slots = owner.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name != "__dict__" and hasattr(item, name):
+                yield getattr(item, name)

@@ -1,0 +1,100 @@
+"""The operators ``torch.ops.decoquant.*``: schemas, fake implementations, dispatch.
+
+The version in each name is part of the stored format: torch's compile caches know an operator by its name alone, so a
+changed schema or state needs a new one.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from decoquant_compile.kernels import reference
+from decoquant_compile.kernels.format import Format
+
+_LIBRARY: Final = torch.library.Library("decoquant", "DEF")
+
+_STORE: Final = (
+    "store_v1(Tensor(a!) state, Tensor new, Tensor positions, Tensor? query, Tensor? mask, SymInt slots, SymInt shift,"
+    " SymInt first, str format) -> ()"
+)
+_ATTEND: Final = (
+    "attend_v1(Tensor query, Tensor key_state, Tensor value_state, Tensor key, Tensor value, Tensor positions,"
+    " Tensor? mask, float? scale, SymInt slots, SymInt first, SymInt length, str key_format, str value_format)"
+    " -> Tensor"
+)
+_DEQUANTISE: Final = "dequantise_v1(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format) -> Tensor"
+
+
+def _store(
+    state: Tensor,
+    new: Tensor,
+    positions: Tensor,
+    query: Tensor | None,
+    mask: Tensor | None,
+    slots: int,
+    shift: int,
+    first: int,
+    format: str,  # noqa: A002
+) -> None:
+    reference.store(state, new, positions, query, mask, slots, shift, first, Format.parse(format))
+
+
+def _attend(
+    query: Tensor,
+    key_state: Tensor,
+    value_state: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    slots: int,
+    first: int,
+    length: int,
+    key_format: str,
+    value_format: str,
+) -> Tensor:
+    return reference.attend(
+        query, key_state, value_state, key, value, positions, mask, scale, slots, first, length,
+        Format.parse(key_format), Format.parse(value_format),
+    )  # fmt: skip
+
+
+def _dequantise(state: Tensor, batch: int, heads: int, slots: int, format: str) -> Tensor:  # noqa: A002
+    return reference.dequantise(state, batch, heads, slots, Format.parse(format))
+
+
+def _store_fake(*_args: object) -> None:
+    """A write has no result."""
+
+
+def _attend_fake(query: Tensor, *args: object) -> Tensor:
+    value_format = args[-1]
+    assert isinstance(value_format, str)
+    return query.new_empty((*query.shape[:3], Format.parse(value_format).head_dim))
+
+
+def _dequantise_fake(state: Tensor, batch: int, heads: int, slots: int, format: str) -> Tensor:  # noqa: A002
+    form = Format.parse(format)
+    return state.new_empty((batch, heads, slots, form.head_dim), dtype=form.dtype)
+
+
+def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"decoquant::{name}", fake, lib=_LIBRARY)
+
+
+_register(_STORE, _store, _store_fake)
+_register(_ATTEND, _attend, _attend_fake)
+_register(_DEQUANTISE, _dequantise, _dequantise_fake)
+
+store: Final = torch.ops.decoquant.store_v1.default
+"""`reference.store` with the format as a key."""
+attend: Final = torch.ops.decoquant.attend_v1.default
+"""`reference.attend` with the formats as keys."""
+dequantise: Final = torch.ops.decoquant.dequantise_v1.default
+"""`reference.dequantise` with the format as a key."""

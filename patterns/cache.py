@@ -1,0 +1,210 @@
+"""Cache writes: one rule for each way in which a graph puts new tokens into a cache tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from decoquant_compile.patterns.movement import is_identity, operand, peel, plain, sliced
+from decoquant_compile.patterns.reject import Problem, Reason
+from decoquant_compile.patterns.symbols import Int, Size, argument, as_int, dtype, known, same_shape, shape, size_of
+
+aten = torch.ops.aten
+
+__all__ = ["CacheWrite", "Int", "parse"]
+
+
+@dataclass(frozen=True)
+class CacheWrite:
+    """New tokens placed in one cache tensor.
+
+    Attributes:
+        form: "index_copy", "index_put", "slice", "roll", "append" or "replace".
+        buffer: the cache tensor, a graph input.
+        value: the tensor after the write, which the graph copies into `buffer`.
+        new: the tokens written, dims in the buffer's order; sizes are those of the buffer but for `slot_dim`; where its
+            dtype differs, the write casts. With "append" and "replace" it may be longer than what stays.
+        slot_dim: dim of the buffer along which tokens are placed.
+        positions: int64 [tokens], the slot of each new token (index forms).
+        start: slot of the first new token; the others follow (slice form).
+        kept: tail forms: slots [0, kept) held tokens, and the cache becomes the last slots of `cat(cache[:kept], new)`.
+            "roll" keeps all and has one token; "replace" keeps none.
+        wraps: a negative position counts from the end (index_put).
+        seen: the node that an attention over the cache starts from: the tensor after the write; "append": old tokens
+            followed by all the new ones; "replace": the new tokens.
+        offset: "append": the slot, before the write, that stands first in `seen`.
+    """
+
+    form: str
+    buffer: fx.Node
+    value: fx.Node
+    new: fx.Node
+    slot_dim: int
+    seen: fx.Node
+    positions: fx.Node | None = None
+    start: Int | None = None
+    kept: Int | None = None
+    wraps: bool = False
+    offset: Int = 0
+
+
+def parse(buffer: fx.Node, value: fx.Node) -> CacheWrite | Problem:
+    """Read what a graph writes into one of its inputs.
+
+    Args:
+        buffer: the input.
+        value: the tensor that it becomes.
+    """
+    seen = plain(value)
+    rule = FORMS.get(seen.target)
+    if rule is None:
+        return Problem(Reason.UNKNOWN_WRITE, f"by {seen.target if seen.op == 'call_function' else seen.op}")
+    return rule(buffer, value, seen)
+
+
+def _index_copy(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
+    positions = argument(seen, "index")
+    if (problem := _base_problem(buffer, seen.args[0]) or _positions_problem(positions)) is not None:
+        return problem
+    write = CacheWrite("index_copy", buffer, value, argument(seen, "source"), argument(seen, "dim"), seen, positions)
+    return _placed(write, shape(positions)[0])
+
+
+def _index_put(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
+    base = plain(argument(seen, "self"))
+    given = [(dim, index) for dim, index in enumerate(argument(seen, "indices")) if index is not None]
+    if len(given) != 1 or argument(seen, "accumulate"):
+        return Problem(Reason.UNKNOWN_WRITE, f"index_put by {len(given)} indices, or accumulating")
+    dim, positions = given[0]
+    if (problem := _positions_problem(positions)) is not None:
+        return problem
+    if base.target is aten.roll.default:
+        return _roll(buffer, value, seen, base, dim, positions)
+    if (problem := _base_problem(buffer, base)) is not None:
+        return problem
+    write = CacheWrite("index_put", buffer, value, argument(seen, "values"), dim, seen, positions, wraps=True)
+    return _placed(write, shape(positions)[0])
+
+
+def _roll(
+    buffer: fx.Node, value: fx.Node, seen: fx.Node, roll: fx.Node, dim: int, positions: fx.Node
+) -> CacheWrite | Problem:
+    """All tokens one slot down, the new one last."""
+    if (problem := _base_problem(buffer, roll.args[0])) is not None:
+        return problem
+    rank, size = len(shape(buffer)), shape(buffer)[dim]
+    shifts, dims, put = argument(roll, "shifts"), argument(roll, "dims"), _constant(positions)
+    at_end = put is not None and (put == [-1] or (len(put) == 1 and known(put[0] == size - 1)))
+    if list(shifts) != [-1] or [d % rank for d in dims] != [dim] or not at_end:
+        return Problem(Reason.UNKNOWN_WRITE, f"roll by {shifts} along {dims}, then index_put at {put or positions}")
+    kept = as_int(size, buffer.graph)
+    if kept is None:
+        return _no_input(size, buffer)
+    return _placed(CacheWrite("roll", buffer, value, argument(seen, "values"), dim, seen, kept=kept), 1)
+
+
+def _slice_scatter(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
+    dim, part, span = argument(seen, "dim") % len(shape(seen)), plain(argument(seen, "src")), sliced(seen)
+    if (problem := _base_problem(buffer, seen.args[0])) is not None:
+        return problem
+    if part.target in FORMS and peel(part.all_input_nodes[0]).source is buffer:
+        return Problem(Reason.PARTIAL_BATCH if dim == 0 else Reason.UNKNOWN_WRITE, f"a write into a slice of dim {dim}")
+    if span is None:
+        return Problem(Reason.UNKNOWN_WRITE, f"slice from {argument(seen, 'start')} by {argument(seen, 'step')}")
+    write = CacheWrite("slice", buffer, value, argument(seen, "src"), dim, seen, start=span.first)
+    return _placed(write, span.length)
+
+
+def _cat(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
+    """The cache, or a stretch of it, followed by new tokens; `value` is all of that, or its tail."""
+    parts, dim = argument(seen, "tensors"), argument(seen, "dim") % len(shape(seen))
+    if len(parts) != 2:
+        return Problem(Reason.UNKNOWN_WRITE, f"concatenation of {len(parts)} tensors")
+    old, new = plain(parts[0]), parts[1]
+    size = shape(buffer)[dim]
+    offset: Int = 0
+    kept = as_int(size, buffer.graph)
+    if old.target is aten.slice.Tensor:
+        span, end = sliced(old), argument(old, "end")
+        if span is None or argument(old, "dim") % len(shape(old)) != dim:
+            return Problem(Reason.UNKNOWN_WRITE, "concatenation with a slice that is not understood")
+        offset, last = span.first, size_of(span.first) + span.length
+        if not known(last == size):
+            # The operator clamps `end`; as a number of slots it serves only if it was not clamped.
+            kept = end if end is not None and known(last == size_of(end)) else as_int(last, buffer.graph)
+    if (problem := _base_problem(buffer, old.args[0] if old.target is aten.slice.Tensor else old)) is not None:
+        return problem
+    if kept is None:
+        return _no_input(size, buffer)
+    return CacheWrite("append", buffer, value, new, dim, seen, kept=kept, offset=offset)
+
+
+def _tail(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
+    """The last slots of something longer."""
+    whole, dim, start = operand(seen), argument(seen, "dim") % len(shape(seen)), argument(seen, "start")
+    size, length = shape(whole)[dim], shape(seen)[dim]
+    first = size_of(start or 0)
+    to_end = known(first == -length) or known(first + length == size)
+    if argument(seen, "step") != 1 or not to_end or not same_shape(shape(seen), shape(buffer)):
+        return Problem(Reason.UNKNOWN_WRITE, f"the whole cache by {seen.name}, which is not the tail of {whole}")
+    inner = plain(whole)
+    if inner.target is aten.cat.default and buffer in (peel(part).source for part in inner.all_input_nodes):
+        return _cat(buffer, value, inner)
+    return CacheWrite("replace", buffer, value, whole, dim, whole, kept=0)
+
+
+def _placed(write: CacheWrite, tokens: Size) -> CacheWrite | Problem:
+    """The write with its tokens in the buffer's dims."""
+    block = list(shape(write.buffer))
+    dim = write.slot_dim % len(block)
+    block[dim] = tokens
+    new = write.new
+    if new.target is aten.copy.default and same_shape(shape(operand(new)), tuple(block)):
+        new = operand(new)  # what `copy` is made from; the write casts
+    walk = peel(new)
+    for node in (*reversed(walk.nodes), walk.source):
+        if same_shape(shape(node), tuple(block)) and is_identity(peel(new, until={node})):
+            return replace(write, new=plain(node), slot_dim=dim)
+    return Problem(Reason.UNKNOWN_WRITE, f"tokens of shape {list(shape(new))} written as {block}")
+
+
+def _base_problem(buffer: fx.Node, base: object) -> Problem | None:
+    """What keeps a write from being the first one into the buffer; None if nothing does."""
+    assert isinstance(base, fx.Node)
+    base = plain(base)
+    if base is buffer:
+        return None
+    if base.target in FORMS and buffer in base.all_input_nodes:
+        return Problem(Reason.TWO_WRITES, f"{base} before")
+    return Problem(Reason.UNKNOWN_WRITE, f"into {base}, not into {buffer}")
+
+
+def _positions_problem(positions: fx.Node) -> Problem | None:
+    if len(shape(positions)) == 1 and dtype(positions) == torch.int64:
+        return None
+    return Problem(Reason.UNKNOWN_WRITE, f"at positions of {len(shape(positions))} dims, {dtype(positions)}")
+
+
+def _no_input(size: Size, buffer: fx.Node) -> Problem:
+    return Problem(Reason.UNDECIDED_SIZE, f"no graph input carries the size {size} of {buffer}")
+
+
+def _constant(node: fx.Node) -> list[int] | None:
+    """The elements of a constant of the graph."""
+    node = plain(node)
+    if node.op != "get_attr":
+        return None
+    tensor = getattr(node.graph.owning_module, str(node.target))
+    return list(tensor.tolist())
+
+
+FORMS: dict[object, Callable[[fx.Node, fx.Node, fx.Node], CacheWrite | Problem]] = {
+    aten.index_copy.default: _index_copy,
+    aten.index_put.default: _index_put,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.cat.default: _cat,
+    aten.slice.Tensor: _tail,
+}

@@ -1,0 +1,383 @@
+"""Sites: an attention joined with the two cache writes that feed it, or the reason why not."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Protocol
+
+import torch
+from torch import fx
+
+from decoquant_compile.patterns.attention import AttentionCore, cores, readers
+from decoquant_compile.patterns.cache import FORMS, CacheWrite, parse
+from decoquant_compile.patterns.movement import Repeat, Walk, moves, operand, peel, plain
+from decoquant_compile.patterns.reject import Problem, Reason, Reject
+from decoquant_compile.patterns.symbols import Int, Size, dtype, known, same_value, shape
+
+aten = torch.ops.aten
+
+
+class Normalised(Protocol):
+    """A functional graph whose writes to its inputs are values."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph."""
+
+    @property
+    def mutations(self) -> Sequence[tuple[fx.Node, fx.Node]]:
+        """(value, input that becomes it) of every write."""
+
+    @property
+    def outputs(self) -> Sequence[object]:
+        """What the graph returns to its caller."""
+
+
+@dataclass(frozen=True)
+class CacheRead:
+    """What the key axis of an attention is.
+
+    Attributes:
+        first: slot of the first key; the others follow.
+        after_write: slots are those of the cache after the write; otherwise those before it, and the new tokens stand
+            at slots `kept`, `kept` + 1, ...
+    """
+
+    first: Int
+    after_write: bool
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention over one cache.
+
+    Attributes:
+        core: the attention; its keys are as many as the size of `core.key`.
+        key: how the keys' cache is written.
+        value: the same for the values; same form, same positions.
+        read: which slots the attention sees; None: only the tokens of this call, it stays as it is.
+        dims: which dim of the cache tensors is batch, head, slot, channel.
+        groups: query heads for each key-value head: query head h reads key-value head h // groups.
+    """
+
+    core: AttentionCore
+    key: CacheWrite
+    value: CacheWrite
+    read: CacheRead | None
+    dims: tuple[int, int, int, int]
+    groups: int
+
+
+_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
+_BIRTH = {
+    *(aten.zeros, aten.zeros_like, aten.new_zeros, aten.empty, aten.empty_like, aten.new_empty),
+    *(aten.full, aten.full_like, aten.new_full, aten.ones),
+}
+_LINEAR = {
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.einsum.default,
+}
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Keys or values of an attention, traced back to a cache write."""
+
+    write: CacheWrite
+    walk: Walk
+    own: bool  # the attention reads the tokens of this call, not the cache
+
+
+def match(normal: Normalised) -> list[Site | Reject]:
+    """Find every attention and say what it is.
+
+    Args:
+        normal: the graph.
+
+    Returns:
+        One `Site` or `Reject` for each attention, in the graph's order, then a `Reject` for each cache that the graph
+        writes in a known way and no attention reads.
+    """
+    return _Matcher(normal).run()
+
+
+class _Matcher:
+    def __init__(self, normal: Normalised) -> None:
+        self.graph = normal.graph
+        self.outputs = [n for n in normal.outputs if isinstance(n, fx.Node)]
+        self.mutations = list(normal.mutations)
+        self.readers = readers(self.graph)
+        self.writes: dict[fx.Node, CacheWrite] = {}  # by buffer
+        self.seen: dict[fx.Node, CacheWrite] = {}  # by the node that an attention over the cache starts from
+        self.new: dict[fx.Node, CacheWrite | None] = {}  # by the tokens written; None where they go to several caches
+        self.evidence: dict[fx.Node, Problem | None] = {}  # nodes that hold a cache, and what is wrong with it
+        for value, buffer in self.mutations:
+            if len(shape(buffer)) >= 3:
+                self._learn(buffer, value)
+        for output in self.outputs:
+            self._learn_output(output)
+        self.read_by: dict[fx.Node, list[fx.Node]] = {}  # buffer -> attentions, once for each operand
+
+    def _learn(self, buffer: fx.Node, value: fx.Node) -> None:
+        write = parse(buffer, value)
+        self.evidence[buffer] = Problem(Reason.READ_BEFORE_WRITE, buffer.name)
+        if isinstance(write, Problem):
+            self.evidence[plain(value)] = write
+            return
+        self.writes[buffer] = write
+        if write.form != "replace":
+            self.seen[write.seen] = write
+            self.evidence[write.seen] = None
+        self.new[write.new] = None if write.new in self.new else write
+
+    def _learn_output(self, node: fx.Node) -> None:
+        """A cache that is returned is not ours to hold, but worth a name in the report."""
+        while moves(node):
+            node = operand(node)
+        if node in self.evidence or node.target not in FORMS:
+            return
+        if node.target is aten.cat.default:
+            parts = [peel(part).source for part in node.all_input_nodes]
+            if any(part.op == "placeholder" or 0 in shape(part) for part in parts):
+                self.evidence[node] = Problem(Reason.GROWING_CACHE, node.name)
+            return
+        base = plain(node.all_input_nodes[0])
+        if getattr(base.target, "overloadpacket", None) in _BIRTH:
+            self.evidence[node] = Problem(Reason.CACHE_BORN_INSIDE, base.name)
+        elif base.op == "placeholder":
+            self.evidence[node] = Problem(Reason.FUNCTIONAL_CACHE, base.name)
+
+    def run(self) -> list[Site | Reject]:
+        found = cores(self.graph)
+        operands: dict[fx.Node, tuple[_Operand | Problem, _Operand | Problem]] = {}
+        for core in found:
+            if isinstance(core, AttentionCore):
+                pair = self._resolve(core.key), self._resolve(core.value)
+                operands[core.node] = pair
+                for side in pair:
+                    if isinstance(side, _Operand):
+                        self.read_by.setdefault(side.write.buffer, []).append(core.node)
+        results: list[Site | Reject] = []
+        for core in found:
+            if isinstance(core, Reject):
+                results.append(core)
+                continue
+            site = self._join(core, *operands[core.node])
+            results.append(site if isinstance(site, Site) else Reject(site.reason, core.node.name, site.detail, core))
+        unread = (b for b in self.writes if len(shape(b)) == 4 and b not in self.read_by and not self._is_read(b))
+        results += [Reject(Reason.WRITE_NOT_READ, buffer.name) for buffer in unread]
+        return results
+
+    def _is_read(self, buffer: fx.Node) -> bool:
+        """Whether some attention reads the cache after all, so that its reject tells why nobody claimed it."""
+        write = self.writes[buffer]
+        if self.new[write.new] is None:
+            return True
+        visited: set[fx.Node] = set()
+        todo = [buffer, write.seen]
+        while todo:
+            node = todo.pop()
+            if node in self.readers:
+                return True
+            if node not in visited:
+                visited.add(node)
+                todo += node.users
+        return False
+
+    def _resolve(self, node: fx.Node) -> _Operand | Problem:
+        walk = peel(node, until=self.seen.keys() | self.new.keys())
+        if (write := self.seen.get(walk.source)) is not None:
+            return _Operand(write, walk, own=False)
+        if walk.source in self.new:
+            only = self.new[walk.source]
+            if only is not None:
+                return _Operand(only, walk, own=True)
+            return Problem(Reason.SAME_TENSOR, f"{walk.source} goes to several caches")
+        return self._blame(walk.source)
+
+    def _blame(self, source: fx.Node) -> Problem:
+        """Why keys or values that start at `source` are not those of a cache write."""
+        queue: list[tuple[fx.Node, Reason | None]] = [(source, None)]
+        visited: set[fx.Node] = set()
+        while queue:
+            node, passed = queue.pop(0)
+            if node in visited:
+                continue
+            visited.add(node)
+            if node in self.evidence:
+                if passed is not None:
+                    return Problem(passed, f"{source} is computed from {node}")
+                return self.evidence[node] or Problem(Reason.UNKNOWN_MOVEMENT, f"{source} after {node}")
+            if node in self.readers:
+                continue
+            if node.target in _LINEAR:
+                passed = Reason.LINEAR_AFTER_CACHE
+            elif not moves(node):
+                passed = passed or Reason.COMPUTE_AFTER_CACHE
+            queue += [(n, passed) for n in node.all_input_nodes]
+        if source.op == "placeholder":
+            return Problem(Reason.READ_ONLY_CACHE, source.name)
+        return Problem(Reason.NO_CACHE, f"from {source}")
+
+    def _join(self, core: AttentionCore, key: _Operand | Problem, value: _Operand | Problem) -> Site | Problem:
+        if isinstance(key, Problem) or isinstance(value, Problem):
+            return _worse(key, value)
+        k, v = key.write, value.write
+        if k.buffer is v.buffer:
+            return Problem(Reason.SAME_TENSOR, k.buffer.name)
+        for buffer in (k.buffer, v.buffer):
+            if (attentions := self.read_by[buffer]) != [core.node]:
+                return Problem(Reason.SHARED_CACHE, f"{buffer}: {', '.join(n.name for n in attentions)}")
+        for side in (key, value):
+            if dtype(side.write.buffer) not in _FLOATS:
+                return Problem(Reason.DTYPE, f"{side.write.buffer} is {dtype(side.write.buffer)}")
+            source = side.walk.axes.dtypes[0]
+            if not side.own and any(t not in (source, torch.float32) for t in side.walk.axes.dtypes):
+                return Problem(Reason.DTYPE, f"{source} read as {side.walk.axes.dtypes[-1]}")
+        if key.own != value.own or not _same_places(k, v):
+            return Problem(Reason.POSITIONS_DIFFER, f"{k.form} into {k.buffer}, {v.form} into {v.buffer}")
+        key_dims, value_dims = _layout(key), _layout(value)
+        if isinstance(key_dims, Problem) or isinstance(value_dims, Problem):
+            return _worse(key_dims, value_dims)
+        if key_dims != value_dims:
+            return Problem(Reason.LAYOUT, f"keys {key_dims}, values {value_dims}")
+        problem = _sizes(core, k, v, key_dims)
+        groups = _groups(core, key, key_dims[1])
+        read = _read(key, value, key_dims[2])
+        for result in (problem, groups, read):
+            if isinstance(result, Problem):
+                return result
+        assert isinstance(groups, int)
+        assert not isinstance(read, Problem)
+        site = Site(core, k, v, read, key_dims, groups)
+        return self._escape(site) or site
+
+    def _escape(self, site: Site) -> Problem | None:
+        """What still needs a cache tensor once the site is rewritten."""
+        buffers = {site.key.buffer, site.value.buffer}
+        kept: list[object] = []
+        for write in (site.key, site.value):
+            kept += [write.new, write.positions, write.start, write.kept, write.offset]
+        if site.read is not None:
+            kept += [site.core.query, site.core.mask, site.read.first]
+        roots = [*self.outputs, *(value for value, buffer in self.mutations if buffer not in buffers)]
+        roots += [n for n in self.graph.nodes if n.op == "call_function" and n.is_impure()]
+        todo = [(n, n) for n in [*roots, *(n for n in kept if isinstance(n, fx.Node))]]
+        visited: set[fx.Node] = set()
+        while todo:
+            node, user = todo.pop()
+            if node in buffers:
+                return Problem(Reason.CACHE_VALUE_ESCAPES, f"{node} is still needed by {user}")
+            if node in visited or node.target is aten.sym_size.int:
+                continue
+            visited.add(node)
+            if site.read is None or node is not site.core.node:
+                todo += [(n, node) for n in node.all_input_nodes]
+        return None
+
+
+def _worse(key: object, value: object) -> Problem:
+    """The reason to report of two sides of which one at least is a problem."""
+    problems = [p for p in (key, value) if isinstance(p, Problem)]
+    mild = (Reason.NO_CACHE, Reason.READ_ONLY_CACHE)
+    for problem in problems:
+        if problem.reason not in mild:
+            return problem
+    if len(problems) == 1:
+        cached = value if problems[0] is key else key
+        assert isinstance(cached, _Operand)
+        return Problem(Reason.ONLY_ONE_CACHED, f"{cached.write.buffer}; the other {problems[0].detail}")
+    return problems[0]
+
+
+def _same_places(k: CacheWrite, v: CacheWrite) -> bool:
+    places = [(w.positions, w.start, w.kept, w.offset) for w in (k, v)]
+    return k.form == v.form and k.slot_dim == v.slot_dim and all(same_value(a, b) for a, b in zip(*places, strict=True))
+
+
+def _layout(side: _Operand) -> tuple[int, int, int, int] | Problem:
+    """Which dim of the cache each dim of the attention's operand is."""
+    buffer, slot, axes, taken = side.write.buffer, side.write.slot_dim, side.walk.axes, shape(side.walk.source)
+    if len(taken) != 4 or len(axes.dims) != 4:
+        return Problem(Reason.LAYOUT, f"{buffer} has {len(taken)} dims")
+    roles: list[int | None] = []
+    for axis, atoms in enumerate(axes.dims):
+        sources = [a for a in atoms if isinstance(a, int)]
+        if axis == 1 and len(sources) == 1 and atoms[-1] == sources[0] and len(atoms) > 1:
+            return Problem(Reason.HEAD_ORDER, f"{buffer} is repeated as a whole")
+        if len(sources) > 1 or (axis != 1 and len(atoms) > len(sources)) or atoms[: len(sources)] != tuple(sources):
+            return Problem(Reason.LAYOUT, f"dim {axis} of the attention's operand is {atoms} of {buffer}")
+        roles.append(sources[0] if sources else None)
+    # Dims of size 1 leave no trace. Which is which makes no difference, but the slots are where the write puts them.
+    left = [d for d in range(4) if d not in roles]
+    if roles[2] is None and slot in left:
+        left.remove(slot)
+        roles[2] = slot
+    batch, head, keys, channel = (left.pop(0) if role is None else role for role in roles)
+    if keys != slot:
+        return Problem(Reason.LAYOUT, f"tokens are placed along dim {slot} of {buffer}, the keys are its dim {keys}")
+    for dim in (batch, head, channel):
+        if not known(axes.spans[dim].length == taken[dim]):
+            reason = Reason.PARTIAL_BATCH if dim == batch else Reason.LAYOUT
+            return Problem(reason, f"{axes.spans[dim].length} of {taken[dim]} along dim {dim} of {buffer}")
+    return batch, head, keys, channel
+
+
+def _sizes(core: AttentionCore, k: CacheWrite, v: CacheWrite, dims: tuple[int, int, int, int]) -> Problem | None:
+    """What keeps queries, new tokens and caches from being of one size."""
+    query, key, value = shape(core.query), shape(k.buffer), shape(v.buffer)
+    batch, head, slot, channel = dims
+    pairs = [
+        ("batch", query[0], key[batch]),
+        ("batch", query[0], value[batch]),
+        ("heads", key[head], value[head]),
+        ("queries and new tokens", query[2], shape(k.new)[slot]),
+        ("new tokens", shape(k.new)[slot], shape(v.new)[slot]),
+    ]
+    for what, a, b in pairs:
+        if not known(a == b):
+            decided = isinstance(a, int) and isinstance(b, int)
+            return Problem(Reason.LAYOUT if decided else Reason.UNDECIDED_SIZE, f"{what}: {a} and {b}")
+    for buffer in (k.buffer, v.buffer):
+        if not isinstance(shape(buffer)[channel], int):
+            return Problem(Reason.UNDECIDED_SIZE, f"the channels of {buffer} are not constant")
+    return None
+
+
+def _groups(core: AttentionCore, key: _Operand, head: int) -> int | Problem:
+    """Query heads for each key-value head."""
+    queries, keys, values = shape(core.query)[1], shape(core.key)[1], shape(core.value)[1]
+    heads = shape(key.write.buffer)[head]
+    if not known(keys == values) or not (core.enable_gqa or known(keys == queries) or known(keys == 1)):
+        return Problem(Reason.LAYOUT, f"{queries} query heads, {keys} key heads, {values} value heads")
+    if isinstance(queries, int) and isinstance(heads, int):
+        groups: Size = queries // heads
+    else:
+        groups = reduce(operator.mul, [a.factor for a in key.walk.axes.dims[1] if isinstance(a, Repeat)], 1)
+    if not isinstance(groups, int) or not known(heads * groups == queries):
+        return Problem(Reason.UNDECIDED_SIZE, f"{queries} query heads over {heads} key-value heads")
+    return groups
+
+
+def _read(key: _Operand, value: _Operand, slot: int) -> CacheRead | Problem | None:
+    if key.own:
+        return None
+    spans = [side.walk.axes.spans[slot] for side in (key, value)]
+    if key.write.form == "append":
+        if not all(
+            known(s.length == shape(side.walk.source)[slot]) for s, side in zip(spans, (key, value), strict=True)
+        ):
+            return Problem(Reason.UNKNOWN_MOVEMENT, f"a slice of {key.walk.source}")
+        return CacheRead(key.write.offset, after_write=False)
+    if not same_value(spans[0].first, spans[1].first):
+        return Problem(
+            Reason.POSITIONS_DIFFER, f"keys are read from slot {spans[0].first}, values from {spans[1].first}"
+        )
+    return CacheRead(spans[0].first, after_write=True)

@@ -1,0 +1,86 @@
+"""Sizes and arguments of ATen nodes; equalities are decided without adding a guard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+Size = int | torch.SymInt
+Int = int | fx.Node
+"""A constant, or a node whose value is a SymInt."""
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds for every run of this graph; undecided is False."""
+    return statically_known_true(condition)
+
+
+def shape(node: fx.Node) -> tuple[Size, ...]:
+    """Sizes of a node's tensor; empty where it has none (a SymInt, a tuple)."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def dtype(node: fx.Node) -> torch.dtype | None:
+    """Element type of a node's tensor."""
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def size_of(value: Int) -> Size:
+    """The number that an `Int` stands for."""
+    if not isinstance(value, fx.Node):
+        return value
+    size: Size = value.meta["val"]
+    return size
+
+
+def same_shape(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
+    """Whether two shapes are equal for every run of this graph."""
+    return len(a) == len(b) and all(known(x == y) for x, y in zip(a, b, strict=True))
+
+
+def as_int(size: Size, graph: fx.Graph) -> Int | None:
+    """A size as something that a node can take as an argument: a constant, or the graph input that carries it."""
+    if isinstance(size, int):
+        return size
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and known(value == size):
+            return node
+    return None
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """An argument of an ATen call by its name in the schema, given or default."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for position, declared in enumerate(node.target._schema.arguments):
+        if declared.name == name:
+            if position < len(node.args):
+                return node.args[position]
+            return node.kwargs.get(name, declared.default_value)
+    raise KeyError(f"{node.target} has no argument {name!r}")
+
+
+def same_value(a: object, b: object) -> bool:
+    """Whether two arguments hold the same value: the same node, equal sizes, or the same pure computation."""
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        if a is b:
+            return True
+        x, y = a.meta.get("val"), b.meta.get("val")
+        if isinstance(x, torch.SymInt) and isinstance(y, torch.SymInt):
+            return known(x == y)
+        pure = a.op == b.op == "call_function" and not a.is_impure() and not _random(a)
+        return pure and a.target == b.target and same_value(a.args, b.args) and same_value(a.kwargs, b.kwargs)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(same_value(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_value(a[k], b[k]) for k in a)
+    return type(a) is type(b) and a == b
+
+
+def _random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags

@@ -1,0 +1,88 @@
+"""Tiny random models: Hugging Face's with their static cache, and hand-written ones with buffers."""
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+
+VOCAB = 97
+
+
+def hugging_face(name, **changes):
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "bos_token_id": 1,
+    }
+    config = {
+        "llama": lambda: transformers.LlamaConfig(**sizes, **changes),
+        "qwen3": lambda: transformers.Qwen3Config(**sizes, head_dim=16, **changes),
+        "mistral": lambda: transformers.MistralConfig(**sizes, sliding_window=24, **changes),
+        "gemma3": lambda: transformers.Gemma3TextConfig(
+            **sizes, head_dim=16, sliding_window=24, layer_types=["sliding_attention", "full_attention"], **changes
+        ),
+    }[name]()
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+class BufferAttention(nn.Module):
+    """Attention over buffers of the module, as in gpt-fast ("put") or in Meta's first Llama ("slice")."""
+
+    def __init__(self, width, heads, kv_heads, slots, form):
+        super().__init__()
+        self.heads, self.kv_heads, self.form = heads, kv_heads, form
+        self.head_dim = width // heads
+        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        shape = (1, kv_heads, slots, self.head_dim) if form == "put" else (1, slots, kv_heads, self.head_dim)
+        self.register_buffer("k_cache", torch.zeros(shape))
+        self.register_buffer("v_cache", torch.zeros(shape))
+
+    def forward(self, x, mask, positions, start):
+        batch, tokens, _ = x.shape
+        sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = (t.view(batch, tokens, -1, self.head_dim) for t in self.qkv(x).split(sizes, -1))
+        q = q.transpose(1, 2)
+        if self.form == "put":
+            self.k_cache[:, :, positions] = k.transpose(1, 2)
+            self.v_cache[:, :, positions] = v.transpose(1, 2)
+            k, v = self.k_cache, self.v_cache
+        else:
+            self.k_cache[:batch, start : start + tokens] = k
+            self.v_cache[:batch, start : start + tokens] = v
+            k = self.k_cache[:batch, : start + tokens].transpose(1, 2)
+            v = self.v_cache[:batch, : start + tokens].transpose(1, 2)
+            mask = mask[..., : start + tokens]
+        groups = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+class BufferModel(nn.Module):
+    """A decoder whose caches are buffers; `forward(ids, positions, start)` with `start` the first position."""
+
+    def __init__(self, form="put", slots=160, width=64, layers=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, width)
+        self.place = nn.Embedding(slots, width)
+        self.layers = nn.ModuleList(BufferAttention(width, 4, 2, slots, form) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCAB, bias=False)
+        self.register_buffer("mask", torch.tril(torch.ones(slots, slots, dtype=torch.bool)))
+
+    def forward(self, ids, positions, start):
+        x = self.embed(ids) + self.place(positions)
+        mask = self.mask[None, None, positions]
+        for layer in self.layers:
+            x = x + layer(self.norm(x), mask, positions, start)
+        return self.head(self.norm(x))

@@ -1,0 +1,387 @@
+"""One near miss for each reason: looks like a cached attention, is none that we rewrite, and says why."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from decoquant_compile.patterns.match import Site
+from decoquant_compile.patterns.reject import Reason
+
+from tests.graphs import BATCH, CHANNELS, GROUPS, HEADS, SLOTS, cached_arguments, new, queries, results_of
+
+MISSES = {}
+
+
+def miss(reason, make=cached_arguments, **how):
+    """Register a function whose only attention must be rejected for this reason."""
+
+    def register(function):
+        MISSES[f"{reason.name}-{function.__name__}"] = reason, function, make, how
+        return function
+
+    return register
+
+
+def write(keys, values, positions, k, v):
+    keys.index_copy_(2, positions, k)
+    values.index_copy_(2, positions, v)
+
+
+def attend(q, k, v, mask=None, **how):
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, **how)
+
+
+def test_the_common_part_is_a_site():
+    def function(q, k, v, keys, values, positions, mask):
+        write(keys, values, positions, k, v)
+        return attend(q, keys, values, mask)
+
+    (site,) = results_of(function, *cached_arguments())
+    assert isinstance(site, Site)
+
+
+@miss(Reason.NO_CACHE)
+def computed(q, k, v, keys, values, positions, mask):
+    return attend(q, k.exp(), v.sin())
+
+
+@miss(Reason.READ_ONLY_CACHE)
+def cross_attention(q, k, v, keys, values, positions, mask):
+    return attend(q, keys, values, mask)
+
+
+@miss(Reason.ONLY_ONE_CACHED)
+def keys_only(q, k, v, keys, values, positions, mask):
+    keys.index_copy_(2, positions, k)
+    return attend(q, keys, v.expand(keys.shape).sin(), mask)
+
+
+@miss(Reason.ONLY_ONE_CACHED)
+def values_only(q, k, v, keys, values, positions, mask):
+    values.index_copy_(2, positions, v)
+    return attend(q, keys, values, mask)
+
+
+@miss(Reason.CACHE_BORN_INSIDE)
+def born(q, k, v, keys, values, positions, mask):
+    keys, values = torch.zeros(keys.shape), torch.zeros(values.shape)
+    write(keys, values, positions, k, v)
+    return attend(q, keys, values, mask), keys, values
+
+
+@miss(Reason.GROWING_CACHE)
+def growing(q, k, v, keys, values, positions, mask):
+    keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+    return attend(q, keys, values), keys, values
+
+
+@miss(Reason.GROWING_CACHE)
+def growing_and_cropped(q, k, v, keys, values, positions, mask):
+    keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+    return attend(q, keys, values), keys[:, :, 1:], values[:, :, 1:]
+
+
+@miss(Reason.FUNCTIONAL_CACHE)
+def functional(q, k, v, keys, values, positions, mask):
+    keys, values = keys.index_copy(2, positions, k), values.index_copy(2, positions, v)
+    return attend(q, keys, values, mask), keys, values
+
+
+@miss(Reason.READ_BEFORE_WRITE)
+def read_before_write(q, k, v, keys, values, positions, mask):
+    out = attend(q, keys.clone(), values.clone(), mask)
+    write(keys, values, positions, k, v)
+    return out
+
+
+@miss(Reason.UNKNOWN_WRITE)
+def one_hot(q, k, v, keys, values, positions, mask):
+    at = (torch.arange(SLOTS) == positions)[:, None]
+    keys.copy_(torch.where(at, k, keys))
+    values.copy_(torch.where(at, v, values))
+    return attend(q, keys, values, mask)
+
+
+@miss(Reason.UNKNOWN_WRITE)
+def one_slot(q, k, v, keys, values, positions, mask):
+    keys[:, :, 3] = k[:, :, 0]
+    values[:, :, 3] = v[:, :, 0]
+    return attend(q, keys, values, mask)
+
+
+@miss(Reason.TWO_WRITES)
+def twice(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    write(keys, values, positions + 1, v, k)
+    return attend(q, keys, values, mask)
+
+
+@miss(Reason.PARTIAL_BATCH)
+def part_of_the_batch_written(q, k, v, keys, values, positions, mask):
+    keys[:1, :, 3:4] = k[:1]
+    values[:1, :, 3:4] = v[:1]
+    return attend(q, keys, values, mask)
+
+
+@miss(Reason.PARTIAL_BATCH)
+def part_of_the_batch_read(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q[:1], keys[:1], values[:1], mask)
+
+
+@miss(Reason.POSITIONS_DIFFER)
+def different_positions(q, k, v, keys, values, positions, mask):
+    keys.index_copy_(2, positions, k)
+    values.index_copy_(2, positions + 1, v)
+    return attend(q, keys, values, mask)
+
+
+@miss(Reason.POSITIONS_DIFFER)
+def different_forms(q, k, v, keys, values, positions, mask):
+    keys.index_copy_(2, positions, k)
+    values[:, :, 3:4] = v
+    return attend(q, keys, values, mask)
+
+
+@miss(Reason.POSITIONS_DIFFER)
+def different_reads(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, keys[:, :, 1:9], values[:, :, 2:10])
+
+
+@miss(Reason.SAME_TENSOR)
+def keys_are_values(q, k, v, keys, values, positions, mask):
+    keys.index_copy_(2, positions, k)
+    return attend(q, keys, keys, mask)
+
+
+@miss(Reason.SAME_TENSOR)
+def tied(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, k)
+    return attend(q, k, k)
+
+
+@miss(Reason.SHARED_CACHE, number=2)
+def two_attentions(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, keys, values, mask) + attend(q + 1, keys, values, mask)
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES)
+def summed_as_well(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, keys, values, mask), keys.sum()
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES)
+def returned(q, k, v, keys, values, positions, mask):
+    return attend(q, keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v), mask), keys.clone()
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES)
+def read_before(q, k, v, keys, values, positions, mask):
+    norm = keys.norm()
+    write(keys, values, positions, k, v)
+    return attend(q, keys, values, mask), norm
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES)
+def the_new_token_depends_on_the_cache(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k + keys.mean(2, keepdim=True), v)
+    return attend(q, keys, values, mask)
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES)
+def the_query_depends_on_the_cache(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q + keys.mean(), keys, values, mask)
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES)
+def the_mask_depends_on_the_cache(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, keys, values, mask & (keys[:1, :1, None, :, 0] != 0).squeeze(0))
+
+
+@miss(Reason.COMPUTE_AFTER_CACHE)
+def rotated_after_the_cache(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, keys * torch.arange(SLOTS)[:, None].cos(), values, mask)
+
+
+@miss(Reason.COMPUTE_AFTER_CACHE)
+def dequantised(q, k, v, keys, values, positions, mask):
+    codes = (keys.to(torch.int8), values.to(torch.int8))
+    keys.index_copy_(2, positions, k)
+    values.index_copy_(2, positions, v)
+    return attend(q, keys.round() * 0.1, values.round() * 0.1, mask), codes[0].sum() * 0
+
+
+@miss(Reason.LINEAR_AFTER_CACHE)
+def latent(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    w = torch.eye(CHANNELS)
+    return attend(q, F.linear(keys, w), F.linear(values, w), mask)
+
+
+@miss(Reason.UNKNOWN_MOVEMENT)
+def split_channels(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    swap = lambda x: x.reshape(BATCH, HEADS, SLOTS, 2, CHANNELS // 2).transpose(3, 4).reshape(x.shape)
+    return attend(q, swap(keys), swap(values), mask)
+
+
+@miss(Reason.UNKNOWN_MOVEMENT)
+def a_slice_of_the_appended(q, k, v, keys, values, positions, mask):
+    full = [torch.cat([x[:, :, 1:], y], 2) for x, y in ((keys, k), (values, v))]
+    keys.copy_(full[0])
+    values.copy_(full[1])
+    return attend(q, full[0][:, :, 2:], full[1][:, :, 2:])
+
+
+@miss(Reason.HEAD_ORDER)
+def tiled_heads(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return F.scaled_dot_product_attention(q, keys.repeat(1, GROUPS, 1, 1), values.repeat(1, GROUPS, 1, 1), mask)
+
+
+@miss(Reason.LAYOUT)
+def attention_over_heads(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    q = q[:, :1].expand(BATCH, SLOTS, 1, CHANNELS)
+    return F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2))
+
+
+@miss(Reason.LAYOUT)
+def part_of_the_channels(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q[..., :4], keys[..., :4], values[..., :4], mask)
+
+
+@miss(Reason.LAYOUT)
+def part_of_the_heads(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q[:, :2], keys[:, :1], values[:, :1], mask)
+
+
+def long_queries():
+    _, *rest = cached_arguments()
+    return queries(5), *rest
+
+
+@miss(Reason.LAYOUT, long_queries)
+def more_queries_than_new_tokens(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, keys, values)
+
+
+def three_dims():
+    q, k, v, keys, values, positions, mask = cached_arguments()
+    flat = (x.flatten(0, 1) for x in (k, v, keys, values))
+    return q, *flat, positions, mask
+
+
+@miss(Reason.LAYOUT, three_dims)
+def heads_folded_into_the_batch(q, k, v, keys, values, positions, mask):
+    keys.index_copy_(1, positions, k)
+    values.index_copy_(1, positions, v)
+    keys, values = (x.unsqueeze(0) for x in (keys, values))
+    return F.scaled_dot_product_attention(q[:1], keys, values, mask)
+
+
+def double_precision():
+    return tuple(x.double() if x.is_floating_point() else x for x in cached_arguments())
+
+
+@miss(Reason.DTYPE, double_precision)
+def double(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, keys, values, mask)
+
+
+@miss(Reason.DTYPE)
+def rounded_before_the_attention(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q.bfloat16(), keys.bfloat16(), values.bfloat16(), mask)
+
+
+@miss(Reason.DTYPE)
+def rounded_on_the_way(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, keys.half().float(), values.half().float(), mask)
+
+
+@miss(Reason.UNDECIDED_SIZE, dynamic=True)
+def symbolic_channels(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, keys, values, mask)
+
+
+@miss(Reason.ATTENTION_FORM)
+def spelled_out(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    keys, values = (x.repeat_interleave(GROUPS, 1) for x in (keys, values))
+    return (q @ keys.mT).masked_fill(~mask, -1e9).softmax(-1) @ values
+
+
+@miss(Reason.ATTENTION_RANK)
+def no_heads(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return F.scaled_dot_product_attention(q[:, 0], keys[:, 0], values[:, 0])
+
+
+@miss(Reason.DROPOUT)
+def dropout(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, keys, values, mask, dropout_p=0.5)
+
+
+@miss(Reason.MASK_FORM)
+def one_column(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, keys, values, mask[..., :1])
+
+
+@miss(Reason.WRITE_NOT_READ, number=2, among=True)
+def written_and_left(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, k.sin(), v.sin())
+
+
+@pytest.mark.parametrize("name", MISSES)
+def test_the_reason_is_exactly(name):
+    reason, function, make, how = MISSES[name]
+    results = results_of(function, *make(), dynamic=how.get("dynamic"))
+    reasons = [getattr(r, "reason", "a site") for r in results]
+    if how.get("among"):
+        reasons = [r for r in reasons if r is reason]
+    assert reasons == [reason] * how.get("number", 1)
+    assert all(r.detail or r.reason is Reason.WRITE_NOT_READ for r in results)
+
+
+def test_every_reason_has_a_near_miss():
+    assert {reason for reason, *_ in MISSES.values()} == set(Reason)
+
+
+def test_every_reason_has_a_text():
+    assert all(len(r.value) > 20 for r in Reason)
+    assert len({r.value for r in Reason}) == len(Reason)
+
+
+def test_a_state_space_cache_beside_an_attention_is_left_alone():
+    def function(q, k, v, keys, values, positions, mask, state, x):
+        state.copy_(torch.cat([state, x], -1)[..., -4:])
+        write(keys, values, positions, k, v)
+        return attend(q, keys, values, mask) + state.sum()
+
+    (site,) = results_of(function, *cached_arguments(), torch.zeros(BATCH, 3, 4), torch.ones(BATCH, 3, 1))
+    assert isinstance(site, Site)
+
+
+def test_a_rejected_neighbour_does_not_spoil_a_site():
+    def function(q, k, v, keys, values, positions, mask, others):
+        write(keys, values, positions, k, v)
+        return attend(attend(q, keys, values, mask), others, others)
+
+    site, reject = results_of(function, *cached_arguments(), new(5))
+    assert isinstance(site, Site)
+    assert reject.reason is Reason.READ_ONLY_CACHE

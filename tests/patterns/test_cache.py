@@ -1,0 +1,248 @@
+"""Write forms: what a graph puts where in a cache tensor. Each is checked against what the write does."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from decoquant_compile.patterns.cache import CacheWrite, parse
+from decoquant_compile.patterns.reject import Problem, Reason
+
+from tests.graphs import BATCH, CHANNELS, HEADS, SLOTS, cache, capture, new
+
+
+def written(write, *args, dynamic=None):
+    """Parse the write that `write(cache, ...)` does to its first argument."""
+
+    def function(*args):
+        write(*args)
+        return args[0].sum()
+
+    recorder, _ = capture(function, *args, dynamic=dynamic)
+    ((value, buffer),) = recorder.graphs[0].mutations
+    return parse(buffer, value)
+
+
+def symbol(value):
+    return value if isinstance(value, int) else value.meta["val"]
+
+
+def test_index_copy():
+    write = written(lambda c, p, x: c.index_copy_(-2, p, x), cache(), torch.tensor([3, 5]), new(2))
+    assert (write.form, write.slot_dim, write.wraps) == ("index_copy", 2, False)
+    assert tuple(write.positions.meta["val"].shape) == (2,)
+    assert tuple(write.new.meta["val"].shape) == (BATCH, HEADS, 2, CHANNELS)
+    assert write.seen is write.value
+
+
+def test_index_put():
+    def assign(c, p, x):
+        c[:, :, p] = x
+
+    write = written(assign, cache(), torch.tensor([3, -1]), new(2))
+    assert (write.form, write.slot_dim, write.wraps) == ("index_put", 2, True)
+
+
+def test_index_put_in_slots_before_heads():
+    def assign(c, p, x):
+        c[:, p] = x
+
+    write = written(assign, cache().transpose(1, 2).contiguous(), torch.tensor([3, 4]), new(2).transpose(1, 2))
+    assert (write.form, write.slot_dim) == ("index_put", 1)
+    assert tuple(write.new.meta["val"].shape) == (BATCH, 2, HEADS, CHANNELS)
+
+
+@pytest.mark.parametrize("spelling", ["assign", "assign_batch", "narrow"])
+def test_slices(spelling):
+    def write(c, x):
+        if spelling == "assign":
+            c[:, :, 3:5] = x
+        elif spelling == "assign_batch":
+            c[:BATCH, :, 3:5] = x
+        else:
+            c.narrow(2, 3, 2).copy_(x)
+
+    parsed = written(write, cache(), new(2))
+    assert (parsed.form, parsed.slot_dim, parsed.start) == ("slice", 2, 3)
+    assert parsed.new.op == "placeholder"
+
+
+def test_a_slice_from_the_end():
+    def write(c, x):
+        c[:, :, -4:-2] = x
+
+    assert written(write, cache(), new(2)).start == SLOTS - 4
+
+
+def test_a_symbolic_slice_start_is_a_node():
+    def write(c, x, start: int):
+        c[:, :, start : start + 1] = x
+
+    torch._dynamo.reset()
+    parsed = written(write, cache(), new(), 3, dynamic=True)
+    assert parsed.form == "slice"
+    assert isinstance(symbol(parsed.start), torch.SymInt)
+
+
+def test_a_write_that_casts():
+    def write(c, x):
+        c[:, :, 3:4] = x
+
+    parsed = written(write, cache(torch.bfloat16), new())
+    assert parsed.form == "slice"
+    assert parsed.new.meta["val"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("last", [-1, SLOTS - 1])
+def test_roll(last):
+    def write(c, x):
+        rolled = c.roll(-1, dims=-2)
+        rolled[:, :, torch.tensor([last])] = x
+        c.copy_(rolled)
+
+    parsed = written(write, cache(), new())
+    assert (parsed.form, parsed.kept, parsed.slot_dim) == ("roll", SLOTS, 2)
+    assert tuple(parsed.new.meta["val"].shape) == (BATCH, HEADS, 1, CHANNELS)
+
+
+def test_roll_of_one_sequence_keeps_four_dims():
+    def write(c, x):
+        rolled = c.roll(-1, dims=-2)
+        rolled[:, :, torch.tensor([-1])] = x
+        c.copy_(rolled)
+
+    parsed = written(write, cache()[:1].clone(), new()[:1])
+    assert tuple(parsed.new.meta["val"].shape) == (1, HEADS, 1, CHANNELS)
+
+
+@pytest.mark.parametrize(("low", "high", "tokens"), [(1, None, 3), (0, 14, 5), (2, 9, 12)])
+def test_append(low, high, tokens):
+    def write(c, x):
+        c.copy_(torch.cat([c[:, :, low:high], x], 2)[:, :, -SLOTS:])
+
+    dense, added = cache(), new(tokens)
+    parsed = written(write, dense.clone(), added)
+    assert (parsed.form, parsed.kept, parsed.offset) == ("append", high or SLOTS, low)
+    assert parsed.seen.target is torch.ops.aten.cat.default
+    # What the attributes promise.
+    expected = dense.clone()
+    write(expected, added)
+    assert torch.equal(torch.cat([dense[:, :, : parsed.kept], added], 2)[:, :, -SLOTS:], expected)
+
+
+def test_append_of_as_many_as_fall_off():
+    def write(c, x):
+        c.copy_(torch.cat([c[:, :, 2:], x], 2))
+
+    parsed = written(write, cache(), new(2))
+    assert (parsed.form, parsed.kept, parsed.offset) == ("append", SLOTS, 2)
+
+
+def test_append_to_a_symbolic_number_of_tokens():
+    def write(c, x, held: int):
+        c.copy_(torch.cat([c[:, :, :held], x], 2)[:, :, -SLOTS:])
+
+    torch._dynamo.reset()
+    c, x = cache(), new(12)
+    for t in (c, x):
+        torch._dynamo.mark_static(t)
+    parsed = written(write, c, x, 9, dynamic=True)
+    assert (parsed.form, parsed.offset) == ("append", 0)
+    assert isinstance(symbol(parsed.kept), torch.SymInt)
+
+
+def test_replace():
+    def write(c, x):
+        c.copy_(x[:, :, -SLOTS:])
+
+    parsed = written(write, cache(), new(SLOTS + 3))
+    assert (parsed.form, parsed.kept, parsed.slot_dim) == ("replace", 0, 2)
+    assert parsed.new.op == "placeholder"
+
+
+def where(c, x):
+    c.copy_(torch.where(torch.arange(SLOTS)[:, None] == 3, x, c))
+
+
+def scatter(c, x):
+    c.scatter_(2, torch.full((BATCH, HEADS, 1, CHANNELS), 3), x)
+
+
+def roll_up(c, x):
+    rolled = c.roll(1, dims=2)
+    rolled[:, :, torch.tensor([0])] = x
+    c.copy_(rolled)
+
+
+def roll_and_put_first(c, x):
+    rolled = c.roll(-1, dims=2)
+    rolled[:, :, torch.tensor([0])] = x
+    c.copy_(rolled)
+
+
+def roll_two(c, x):
+    rolled = c.roll([-1, -1], dims=[2, 1])
+    rolled[:, :, torch.tensor([-1])] = x
+    c.copy_(rolled)
+
+
+def accumulate(c, x):
+    c.index_put_(
+        [torch.arange(BATCH)[:, None], torch.tensor([[0, 1]]), torch.tensor([[3, 3]])], x[:, :, 0], accumulate=True
+    )
+
+
+def head_of_the_concatenation(c, x):
+    c.copy_(torch.cat([c[:, :, 1:], x, x], 2)[:, :, :SLOTS])
+
+
+def not_the_tail(c, x):
+    c.copy_(torch.cat([c, x], 2)[:, :, :SLOTS])
+
+
+def every_second_slot(c, x):
+    c[:, :, ::8] = x.expand(BATCH, HEADS, 2, CHANNELS)
+
+
+def one_for_all(c, x):
+    c[:, :, torch.tensor([3, 4])] = x
+
+
+def after_zeroing(c, x):
+    c.zero_()
+    c.index_copy_(2, torch.tensor([3]), x)
+
+
+def part_of_the_heads(c, x):
+    c[:, :1, 3:4] = x[:, :1]
+
+
+WRITES = [where, scatter, roll_up, roll_and_put_first, roll_two, accumulate, head_of_the_concatenation, not_the_tail]
+
+
+@pytest.mark.parametrize(
+    "write", [*WRITES, every_second_slot, one_for_all, after_zeroing, part_of_the_heads], ids=lambda f: f.__name__
+)
+def test_what_is_not_understood_is_a_problem(write):
+    problem = written(write, cache(), new())
+    assert isinstance(problem, Problem)
+    assert problem.reason is Reason.UNKNOWN_WRITE
+
+
+def test_part_of_the_batch_is_a_problem():
+    def write(c, x):
+        c[:1, :, 3:4] = x[:1]
+
+    assert written(write, cache(), new()).reason is Reason.PARTIAL_BATCH
+
+
+def test_a_second_write_is_a_problem():
+    def write(c, x):
+        c.index_copy_(2, torch.tensor([3]), x)
+        c.index_copy_(2, torch.tensor([4]), x)
+
+    assert written(write, cache(), new()).reason is Reason.TWO_WRITES
+
+
+def test_a_mutated_bias_is_no_cache_write():
+    recorder, _ = capture(lambda b, q: b.add_(1).sum() + F.scaled_dot_product_attention(q, q, q).sum(), new(), new())
+    ((value, buffer),) = recorder.graphs[0].mutations
+    assert not isinstance(parse(buffer, value), CacheWrite)
