@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +12,9 @@ from torch._dispatch.python import enable_python_dispatcher  # -> _compat
 from torch._functorch.aot_autograd import aot_export_module  # -> _compat
 from torch._guards import TracingContext, tracing  # -> _compat
 from torch._subclasses.fake_tensor import FakeTensorMode  # -> _compat
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 aten = torch.ops.aten
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from decoquant_compile.normalize import Normal, finish, normalise, unsupported
 from decoquant_compile.patterns.match import Site, match
 

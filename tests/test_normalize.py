@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from decoquant_compile.normalize import finish, normalise, unsupported
 from torch._inductor.compile_fx import compile_fx
 
+from decoquant_compile.normalize import finish, normalise, unsupported
 from tests.graphs import Recorder, cached_arguments, capture, interpret
 
 aten = torch.ops.aten
@@ -192,6 +192,15 @@ def _put(cache, new):
     cache.copy_(new)
 
 
+@pytest.mark.parametrize("compiler", [interpret, compile_fx], ids=lambda f: f.__name__)
+def test_constants_of_the_graph(compiler):
+    def function(x, y):
+        y[torch.tensor([-1])] = x
+        return y * torch.tensor([1.0, 2.0, 3.0])
+
+    check_round_trip(function, torch.ones(1), torch.zeros(3), compiler=compiler)
+
+
 def test_custom_operators_that_write():
     with torch.library._scoped_library("normalise_tests", "FRAGMENT") as library:
         library.define("put(Tensor(a!) cache, Tensor new) -> ()")
@@ -269,8 +278,10 @@ def refused(function, *arguments, grad=False):
 
 
 def test_vmap_is_refused_and_still_runs():
-    x = torch.randn(3, 4)
-    assert "functorch" in refused(lambda x: torch.vmap(lambda row: row.softmax(-1))(x), x)
+    def function(x):
+        return torch.vmap(lambda row: row.softmax(-1))(x)
+
+    assert "functorch" in refused(function, torch.randn(3, 4))
 
 
 def test_autocast_is_refused():

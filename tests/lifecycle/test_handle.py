@@ -14,13 +14,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from decoquant_compile.kernels.format import Format
-from decoquant_compile.kernels.state import CacheState
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
 from decoquant_compile import _storage
 from decoquant_compile.handle import CacheTensor, Transients
+from decoquant_compile.kernels.format import Format
+from decoquant_compile.kernels.state import CacheState
 from decoquant_compile.takeover import Claim, restore, take_over
 
 BHSD, BSHD = (0, 1, 2, 3), (0, 2, 1, 3)
@@ -368,7 +368,7 @@ def test_writes_of_a_transform_raise_as_on_the_dense_tensor():
     batched = torch.ones(2, B, H, 1, D)
     for wrong in (
         lambda t: torch.vmap(lambda x: t.index_copy_(2, torch.tensor([1]), x))(batched),
-        lambda t: torch.vmap(lambda x: t.copy_(x))(batched),
+        lambda t: torch.vmap(t.copy_)(batched),
         lambda t: torch.func.grad(lambda x: t.mul_(x).sum())(torch.ones(1)),
     ):
         with pytest.raises(RuntimeError) as expected:

@@ -4,13 +4,13 @@ import copy
 import io
 
 import torch
-from decoquant_compile.kernels.format import Format
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
 from decoquant_compile.handle import CacheTensor
+from decoquant_compile.kernels.format import Format
 from decoquant_compile.takeover import Claim, Obstructed, obstacle, restore, take_over
 
 HEADS, SLOTS, CHANNELS = 2, 9, 8

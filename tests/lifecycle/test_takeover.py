@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import psutil
 import pytest
 import torch
-from decoquant_compile.kernels.format import Format
-from decoquant_compile.kernels.state import CacheState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from decoquant_compile.handle import CacheTensor
+from decoquant_compile.kernels.format import Format
+from decoquant_compile.kernels.state import CacheState
 from decoquant_compile.takeover import Bytes, Claim, Obstructed, nbytes, obstacle, restore, take_over
 
 BHSD = (0, 1, 2, 3)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from decoquant_compile.patterns.match import Site
 from decoquant_compile.patterns.reject import Reason
-
 from tests.graphs import BATCH, CHANNELS, GROUPS, HEADS, SLOTS, cached_arguments, new, queries, results_of
 
 MISSES = {}

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from decoquant_compile.patterns.attention import AttentionCore, cores
-from decoquant_compile.patterns.reject import Reason, Reject
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from decoquant_compile.patterns.attention import AttentionCore, cores
+from decoquant_compile.patterns.reject import Reason, Reject
 from tests.graphs import BATCH, HEADS, SLOTS, cache, capture, queries
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from decoquant_compile.patterns.cache import CacheWrite, parse
 from decoquant_compile.patterns.reject import Problem, Reason
-
 from tests.graphs import BATCH, CHANNELS, HEADS, SLOTS, cache, capture, new
 
 

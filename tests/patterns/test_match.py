@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from decoquant_compile.patterns.match import CacheRead, Site
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -13,6 +12,7 @@ from transformers import (
     StaticCache,
 )
 
+from decoquant_compile.patterns.match import CacheRead, Site
 from tests.graphs import BATCH, CHANNELS, GROUPS, HEADS, Recorder, cached_arguments, interpret, results_of
 
 SMALL = {

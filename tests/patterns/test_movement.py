@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from decoquant_compile.patterns.movement import MOVEMENT, Repeat, Span, is_identity, peel, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from decoquant_compile.patterns.movement import MOVEMENT, Repeat, Span, is_identity, peel, plain
 
 aten = torch.ops.aten
 
