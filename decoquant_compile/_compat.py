@@ -1,48 +1,49 @@
-"""Every private PyTorch name that this package uses, checked on torch 2.13.0.
+"""Every private name of PyTorch that this package uses, checked on torch 2.13.0.
 
-Nothing else in the package may import from an underscored torch module; a new torch release is checked here.
+No other module reaches into PyTorch's underscored names (tests/test_packaging.py), so a new release is checked here.
 """
-
-from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
+from torch._C import _functorch as functorch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import error_on_graph_break
-from torch._dynamo.exc import RestartAnalysis, SkipFrame, TensorifyScalarRestartAnalysis
+from torch._dynamo import error_on_graph_break as _error_on_graph_break
+from torch._dynamo import eval_frame
+from torch._dynamo.cache_size import compute_cache_size
+from torch._dynamo.exc import RestartAnalysis, SkipFrame, TensorifyScalarRestartAnalysis, UserError, UserErrorType
 from torch._dynamo.source import SyntheticLocalSource
-from torch._guards import CompileContext, TracingContext
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import CompileContext, TracingContext, tracing
+from torch._inductor import compile_fx as inductor
 from torch._inductor import list_mode_options, list_options
-from torch._inductor.compile_fx import compile_fx
-from torch._logging import trace_structured
+from torch._logging import _internal as torch_logging
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext, statically_known_true
+from torch.fx.experimental import symbolic_shapes
+from torch.utils import _python_dispatch, _pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-__all__ = [
-    "DataDependent",
-    "FakeCopyMode",
-    "FakeTensor",
-    "FakeTensorMode",
-    "TensorifyScalarRestartAnalysis",
-    "TracingContext",
-    "add_input_source",
-    "compile_fx",
-    "dynamo_limits",
-    "entries_of_this_frame",
-    "error_on_graph_break",
-    "fake_copies",
-    "inductor_options",
-    "mode_options",
-    "statically_known_true",
-    "trace_artifact",
-]
+T = TypeVar("T")
+
+
+# Dynamo and Inductor
+
+
+def compile_fx(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config_patches: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile a graph with Inductor."""
+    compiled: Any = inductor.compile_fx(gm, list(example_inputs), config_patches=dict(config_patches or {}))
+    return compiled
 
 
 def inductor_options() -> frozenset[str]:
@@ -51,29 +52,188 @@ def inductor_options() -> frozenset[str]:
 
 
 def mode_options(mode: str) -> dict[str, Any]:
-    """Inductor's settings behind a `torch.compile` mode such as "reduce-overhead"."""
+    """Inductor's settings behind a `torch.compile` mode such as "reduce-overhead".
+
+    Raises:
+        RuntimeError: there is no such mode.
+    """
     return list_mode_options(mode)
+
+
+def graph_name() -> str:
+    """Dynamo's name of the graph being compiled, as its logs have it: the frame and the number of the entry."""
+    return str(CompileContext.current_compile_id() or "?")
+
+
+def entries_of_this_frame() -> int:
+    """How many entries Dynamo holds of the frame being compiled, this one included, as its limit counts them."""
+    try:
+        frame: Any = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return 1
+    region = torch._C._dynamo.eval_frame.get_eval_frame_isolate_recompiles_id()
+    entries = eval_frame._get_cache_entries_for_region(frame.f_code, region)
+    return compute_cache_size(frame, entries).num_cache_entries_with_same_id_matched_objs + 1
+
+
+def recompile_limit_now() -> int:
+    """Dynamo's present per-frame limit of compiled entries."""
+    return int(dynamo_config.recompile_limit)
+
+
+@contextlib.contextmanager
+def dynamo_limits(recompile_limit: int) -> Iterator[None]:
+    """Raise Dynamo's per-frame limit of compiled entries while the block runs; never lower it."""
+    wanted = max(recompile_limit, recompile_limit_now())
+    with dynamo_config.patch(
+        recompile_limit=wanted, accumulated_recompile_limit=max(dynamo_config.accumulated_recompile_limit, 4 * wanted)
+    ):
+        yield
+
+
+error_on_graph_break = _error_on_graph_break
+"""Context: whether a graph break is an error."""
+
+
+def is_restart(error: BaseException) -> bool:
+    """Whether an exception is Dynamo's own control flow, which a backend must let through."""
+    return isinstance(error, RestartAnalysis | SkipFrame | TensorifyScalarRestartAnalysis)
+
+
+def user_error(message: str) -> Exception:
+    """An exception that ends Dynamo's tracing and reaches the user."""
+    return UserError(UserErrorType.INVALID_INPUT, message)
+
+
+def compilers_in_use() -> Iterator[object]:
+    """The backend for which Dynamo is tracing, then what it wraps; nothing under another tracer."""
+    wrapped = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn", "func", "__wrapped__")
+    try:
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:
+        return
+    for _ in range(8):  # wrappers could form a cycle
+        if backend is None:
+            return
+        yield backend
+        backend = next((inner for name in wrapped if (inner := getattr(backend, name, None)) is not None), None)
+
+
+def compile_isolated(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` whose entries, though they stay with the code, do not count against the limit of other calls."""
+    isolated: dict[str, Any] = {"isolate_recompiles": True}  # not in the annotations of `torch.compile`
+    return torch.compile(model, backend=backend, **isolated)
+
+
+def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """What `torch.compile` wraps, if `model` is its result."""
+    model = getattr(model, "_orig_mod", model)
+    return getattr(model, "_torchdynamo_orig_callable", model)
+
+
+# Tracing
+
+
+def is_traced() -> bool:
+    """Whether a graph of Dynamo's is being compiled now."""
+    return TracingContext.try_get() is not None
+
+
+def trace_functional(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, dict[str, str]]:
+    """Trace a graph of Dynamo's to functional pre-dispatch ATen, on fakes that share Dynamo's symbolic sizes.
+
+    Returns:
+        The graph, and the name of the input that becomes each of its first outputs, by the output's name.
+    """
+    context = TracingContext.get()
+    mode = context.fake_mode
+    assert mode is not None
+    fakes = FakeTensorMode(shape_env=mode.shape_env, allow_non_fake_inputs=False)
+
+    def fake(node: fx.Node, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        symbolic = context.tensor_to_context.get(x)
+        if symbolic is None:
+            return fakes.from_tensor(x, static_shapes=True)
+        return fakes.from_tensor(x, symbolic_context=symbolic, source=input_source(node), trace=False)
+
+    inputs = gm.graph.find_nodes(op="placeholder")
+    arguments = tuple(fake(node, x) for node, x in zip(inputs, example_inputs, strict=True))
+    with tracing(TracingContext(fakes)), enable_python_dispatcher(), torch.no_grad(), fx.traceback.preserve_node_meta():
+        traced, signature = aot_export_module(gm, arguments, trace_joint=False, pre_dispatch=True, decompositions={})
+    assert isinstance(traced, fx.GraphModule)
+    return traced, {str(value): str(target) for value, target in signature.user_inputs_to_mutate.items()}
+
+
+DataDependent = DataDependentOutputException
+"""Raised where code asks a tensor without data for a value."""
+
+
+@contextlib.contextmanager
+def fake_copies(objects: T) -> Iterator[T]:
+    """Yield a deep copy of `objects` whose tensors have shapes but no data; inside the block no kernel runs."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(mode):
+        copies = copy.deepcopy(objects)
+    with mode:
+        yield copies
+
+
+def without_data(value: T) -> T:
+    """A tensor of the same shape without data, inside `fake_copies`; any other value as it is."""
+    if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+        return fake_mode().from_tensor(value)
+    return value
+
+
+def fake_mode() -> Any:
+    """The active FakeTensorMode, under which no data can be read; None outside of one."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+
+
+statically_known_true = symbolic_shapes.statically_known_true
+"""Whether a condition on sizes holds for every run of a graph; adds no guard."""
+
+
+# Inputs and sources: what Dynamo's graphs carry beyond FX
+
+
+def input_source(placeholder: fx.Node) -> Any:
+    """Where Dynamo found an input; None if it is not Dynamo's."""
+    return getattr(placeholder, "_dynamo_source", None)
+
+
+def copy_input_source(to: fx.Node, of: fx.Node) -> None:
+    """Give a placeholder the source of another."""
+    to._dynamo_source = of._dynamo_source  # type: ignore[attr-defined]
+
+
+def copy_parameter_sources(to: fx.GraphModule, of: fx.GraphModule) -> None:
+    """Give a module the sources by which AOTAutograd names parameters."""
+    sources: Any = getattr(of, "_param_name_to_source", {})
+    to._param_name_to_source = sources
 
 
 def add_input_source(node: fx.Node, example: Tensor, name: str) -> None:
     """Make the new placeholder `node` an input that AOTAutograd accepts beside Dynamo's own.
 
-    Its one dimension is symbolic: buffers of caches with another length pass through the same compiled graph. "unguarded"
-    marks a static address for CUDA graphs.
+    Its one dimension is symbolic: buffers of caches with another length pass through the same compiled graph.
+    "unguarded" marks a static address for CUDA graphs.
     """
     source = SyntheticLocalSource(name)
-    node._dynamo_source = source  # type: ignore[attr-defined]
+    node._dynamo_source = source
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    context = StatefulSymbolicContext(
-        dynamic_sizes=[DimDynamic.DYNAMIC],
-        dynamic_strides=[DimDynamic.INFER_STRIDE],
+    context = symbolic_shapes.StatefulSymbolicContext(
+        dynamic_sizes=[symbolic_shapes.DimDynamic.DYNAMIC],
+        dynamic_strides=[symbolic_shapes.DimDynamic.INFER_STRIDE],
         constraint_sizes=[None],
         constraint_strides=[None],
         tensor_source=source,
         shape_env_to_source_to_symbol_cache={},
     )
-    if (tracing := TracingContext.try_get()) is not None:
-        tracing.tensor_to_context[example] = context
+    if (traced := TracingContext.try_get()) is not None:
+        traced.tensor_to_context[example] = context
 
 
 def size_node(graph: fx.Graph, size: torch.SymInt) -> fx.Node:
@@ -97,61 +257,152 @@ def size_node(graph: fx.Graph, size: torch.SymInt) -> fx.Node:
     computed: fx.Proxy = sympy_interp(PythonReferenceAnalysis, symbols, expr)
     return computed.node
 
-def entries_of_this_frame() -> tuple[str, int]:
-    """Dynamo's name of the frame being compiled and how many entries it has, this one included."""
-    compile_id = CompileContext.current_compile_id()
-    if compile_id is None or compile_id.frame_compile_id is None:
-        return "?", 1
-    return str(compile_id.frame_id), compile_id.frame_compile_id + 1
+
+# Operators, as targets of nodes
+
+AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+"""Targets that open and close an autocast region."""
+
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+"""Target that switches gradients on or off."""
 
 
-@contextlib.contextmanager
-def dynamo_limits(recompile_limit: int) -> Iterator[None]:
-    """Raise Dynamo's per-frame limit of compiled entries while the block runs; never lower it."""
-    wanted = max(recompile_limit, recompile_limit_now())
-    with dynamo_config.patch(
-        recompile_limit=wanted, accumulated_recompile_limit=max(dynamo_config.accumulated_recompile_limit, 4 * wanted)
-    ):
-        yield
+def arguments_of(target: object) -> Sequence[torch.Argument]:
+    """The arguments that an ATen operator declares, in order."""
+    assert isinstance(target, OpOverload)
+    return target._schema.arguments
 
 
-def recompile_limit_now() -> int:
-    """Dynamo's present per-frame limit of compiled entries."""
-    return int(dynamo_config.recompile_limit)
+def mutates(target: object) -> bool | None:
+    """Whether a dispatcher's operator writes to an argument; None if `target` is none."""
+    if isinstance(target, OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    return None
+
+
+def is_random(target: object) -> bool:
+    """Whether an operator draws random numbers."""
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def higher_order_name(target: object) -> str | None:
+    """The name of a higher-order operator; None if `target` is none."""
+    return target.name() if isinstance(target, HigherOrderOperator) else None
+
+
+# Storage
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Identity of the storage under a tensor and its functorch wrappers; 0 without one."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else 0
+
+
+def swap_memory(a: torch.UntypedStorage, b: torch.UntypedStorage) -> None:
+    """Exchange memory, size, allocator and access flags of two storages; every tensor over them follows."""
+    a._swap_data_ptr_(b)  # type: ignore[attr-defined]
+
+
+def forbid_writes(tensor: Tensor) -> None:
+    """Make PyTorch raise a `RuntimeError` when the memory under a tensor is to be written."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+
+
+def wrapper_subclass(kind: type[Tensor], nbytes: int, device: torch.device) -> Tensor:
+    """A uint8 tensor of class `kind` whose storage claims `nbytes` but was never allocated."""
+    wrapper = Tensor._make_wrapper_subclass(kind, (nbytes,), dtype=torch.uint8, device=device)
+    assert isinstance(wrapper, Tensor)
+    return wrapper
+
+
+def reference_counts(tensor: Tensor) -> tuple[int, ...]:
+    """How many hold a tensor in C++, its storage, and its base; to compare with those of tensors that are alone."""
+    storage, base = tensor.untyped_storage(), tensor._base
+    counts = _use_count(tensor), torch._C._storage_Use_Count(storage._cdata)
+    return counts if base is None else (*counts, _use_count(base), sys.getrefcount(base))
+
+
+def _use_count(tensor: Tensor) -> int:
+    return int(tensor._use_count())  # type: ignore[attr-defined]
+
+
+def version(tensor: Tensor) -> int:
+    """A number that grows with each write to a tensor or to a view of it."""
+    return tensor._version
+
+
+def base_of(view: Tensor) -> Tensor | None:
+    """The tensor that a view was taken of."""
+    return view._base
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd takes a tensor for a view."""
+    return tensor._is_view()
+
+
+def is_zero_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor is one of autograd's zeros, which have no memory."""
+    return tensor._is_zerotensor()
+
+
+# Dispatch
+
+no_subclass_dispatch = torch._C.DisableTorchFunctionSubclass
+"""Context in which `__torch_function__` of tensor subclasses is not called."""
+
+no_torch_function = torch._C.DisableTorchFunction
+"""Context without subclasses' `__torch_function__` and without torch-function modes."""
+
+no_transforms = torch._C._DisableFuncTorch
+"""Context outside all functorch transforms."""
+
+no_modes = _python_dispatch._disable_current_modes
+"""Context outside all dispatch modes."""
+
+is_wrapped = functorch.is_functorch_wrapped_tensor
+"""Whether a tensor belongs to a functorch transform."""
+
+is_functional = torch._is_functional_tensor
+"""Whether a tensor belongs to functionalisation."""
+
+BASE_GETTER = Tensor._base.__get__  # type: ignore[union-attr]
+"""What `__torch_function__` is given when `base_of` is asked."""
+
+IS_VIEW = Tensor._is_view
+"""The same for `is_view`."""
+
+PRIVATE_METADATA = frozenset({Tensor._use_count})  # type: ignore[attr-defined]
+"""Private methods of tensors that need no content."""
+
+PRIVATE_MEMORY = frozenset({Tensor._typed_storage, torch._to_functional_tensor})
+"""Private functions that need a tensor's memory."""
+
+VMAP_MODULE = "torch._functorch.vmap"
+"""Where vmap asks for the sizes of its arguments before it goes on in C++."""
+
+FAKE_MODULE = "torch._subclasses.meta_utils"
+"""Where a tensor's storage is described for a fake of it."""
+
+
+def in_transform() -> bool:
+    """Whether a functorch transform is active."""
+    return functorch.peek_interpreter_stack() is not None
+
+
+tree_map = _pytree.tree_map
+"""Apply a function to the leaves of nested containers."""
+
+
+# Logging
 
 
 def trace_artifact(name: str, payload: Callable[[], str]) -> None:
     """Hand a text to torch's structured trace (tlparse), if one is being recorded."""
-    trace_structured(
+    torch_logging.trace_structured(
         "artifact", metadata_fn=lambda: {"name": f"decoquant_{name}", "encoding": "string"}, payload_fn=payload
     )
-
-
-def is_restart(error: BaseException) -> bool:
-    """Whether an exception is Dynamo's own control flow, which a backend must let through."""
-    return isinstance(error, RestartAnalysis | SkipFrame | TensorifyScalarRestartAnalysis)
-
-
-def real_inputs(example_inputs: Sequence[object]) -> bool:
-    """Whether no example input is a fake tensor."""
-    return not any(isinstance(x, FakeTensor) for x in example_inputs)
-
-
-T = TypeVar("T")
-
-DataDependent = DataDependentOutputException
-
-
-@contextlib.contextmanager
-def fake_copies(objects: T) -> Iterator[T]:
-    """Yield a deep copy of `objects` whose tensors have shapes but no data; inside the block no kernel runs."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with FakeCopyMode(mode):
-        copies = copy.deepcopy(objects)
-    with mode:
-        yield copies
-
-
-def has_grad_inputs(example_inputs: Sequence[object]) -> bool:
-    """Whether the graph being compiled records gradients."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)

@@ -1,8 +1,4 @@
-"""Storages that take the place of a tensor's memory: none at all, or zeros that nobody has touched yet.
-
-`Tensor.untyped_storage()._swap_data_ptr_` exchanges memory, size, allocator and access flags of two storages, so that
-every tensor over the storage follows.
-"""
+"""Storages that take the place of a tensor's memory: none at all, or zeros that nobody has touched yet."""
 
 import ctypes
 import functools
@@ -14,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decoquant_compile import _compat
+
 _CHUNK = 4 << 20  # bytes mapped at a time; vm.max_map_count (65,530) then allows 256 GB
 _MAP_FIXED = 0x10
 
 
 def exchange(tensor: Tensor, storage: torch.UntypedStorage) -> None:
     """Swap the memory under `tensor`, and under every tensor that shares it, with that of `storage`."""
-    tensor.untyped_storage()._swap_data_ptr_(storage)  # type: ignore[attr-defined]  # -> _compat
+    _compat.swap_memory(tensor.untyped_storage(), storage)
 
 
 def is_sole_owner(tensor: Tensor) -> bool:
@@ -29,25 +27,13 @@ def is_sole_owner(tensor: Tensor) -> bool:
     The base of a view counts as somebody only if more than the view keeps it: `torch.zeros(n).view(...)` is alone.
     """
     with torch.inference_mode(mode=False):
-        return _owners(tensor) in (_owners(torch.empty(1)), _owners(torch.empty(1).view(1)))
-
-
-def _owners(tensor: Tensor) -> tuple[int, ...]:
-    """Reference counts, to be compared with those of tensors that are known to be alone."""
-    storage = tensor.untyped_storage()
-    counts = _use_count(tensor), torch._C._storage_Use_Count(storage._cdata)  # -> _compat
-    base = tensor._base
-    return counts if base is None else (*counts, _use_count(base), sys.getrefcount(base))
-
-
-def _use_count(tensor: Tensor) -> int:
-    return int(tensor._use_count())  # type: ignore[attr-defined]  # -> _compat
+        counts = _compat.reference_counts
+        return counts(tensor) in (counts(torch.empty(1)), counts(torch.empty(1).view(1)))
 
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a tensor has no memory of its own: it belongs to a functorch transform or to functionalisation."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # -> _compat
-    return bool(wrapped or torch._is_functional_tensor(tensor))  # -> _compat
+    return bool(_compat.is_wrapped(tensor) or _compat.is_functional(tensor))
 
 
 def released(nbytes: int, device: torch.device) -> torch.UntypedStorage:
@@ -62,8 +48,8 @@ def released(nbytes: int, device: torch.device) -> torch.UntypedStorage:
     if device.type == "cpu" and sys.platform == "linux":
         storage = torch.frombuffer(_nan_pages(nbytes), dtype=torch.uint8)
     else:
-        storage = _null(nbytes, device)
-    torch._C._set_throw_on_mutable_data_ptr(storage)  # -> _compat
+        storage = _compat.wrapper_subclass(_Null, nbytes, device)
+    _compat.forbid_writes(storage)
     return storage.untyped_storage()
 
 
@@ -114,15 +100,8 @@ def _libc() -> ctypes.CDLL:
 
 
 class _Null(Tensor):
+    """A tensor whose storage was never allocated."""
+
     @classmethod
     def __torch_dispatch__(cls, func: object, *_: Any) -> Any:
         raise RuntimeError(f"{func} on a tensor without memory")
-
-
-def _null(nbytes: int, device: torch.device) -> Tensor:
-    """A tensor whose storage claims `nbytes` but was never allocated."""
-    wrapper = Tensor._make_wrapper_subclass(  # -> _compat
-        _Null, (nbytes,), dtype=torch.uint8, device=device
-    )
-    assert isinstance(wrapper, Tensor)
-    return wrapper

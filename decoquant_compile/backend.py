@@ -1,19 +1,21 @@
 """The backend: gate, normalise, match, rewrite, compile. A graph that is not understood goes to Inductor untouched."""
 
-from __future__ import annotations
-
+import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
 
-from torch import Tensor, fx
+from torch import fx
 
 from decoquant_compile import _compat
-from decoquant_compile.handle import CacheTensor
+from decoquant_compile.handle import CacheTensor, state_of
+from decoquant_compile.kernels.codec import Role
 from decoquant_compile.kernels.format import Format
-from decoquant_compile.normalize import Normal, normalise, unsupported
+from decoquant_compile.normalize import Normal, normalise, records_gradients, unsupported
 from decoquant_compile.options import Options
+from decoquant_compile.patterns.cache import CacheWrite
 from decoquant_compile.patterns.match import Site, match
 from decoquant_compile.patterns.reject import Reject
 from decoquant_compile.report import Finding, GraphReport, Untouched
@@ -22,7 +24,9 @@ from decoquant_compile.runtime import DenseGraph, PackedGraph, announce
 
 log = logging.getLogger("decoquant_compile")
 
-Compiled = Callable[..., Any]
+Compiled: TypeAlias = Callable[..., Any]
+Plan: TypeAlias = tuple[Site, tuple[Format, Format]]
+"""A site to rewrite, with the packed formats of its keys and values."""
 
 
 def decoquant_backend(
@@ -54,53 +58,25 @@ def decoquant_backend(
 decoquant_backend._decoquant_backend = True  # type: ignore[attr-defined]  # how a handle knows its own compiler
 
 
-def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, patches: dict[str, Any]) -> Compiled:
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, patches: Mapping[str, Any]
+) -> Compiled:
     """Compile one graph of Dynamo's under checked options."""
-    frame, entry = _compat.entries_of_this_frame()
-    report = GraphReport(f"{frame}/{entry - 1}")
-    _warn_near_limit(report, entry)
-    compiled = _try_rewrite(gm, example_inputs, options, patches, report)
+    report = GraphReport(_compat.graph_name())
+    _warn_near_limit(report)
+    compiled: Compiled | None = None
+    with contained(report):
+        compiled = _packed(gm, example_inputs, options, patches, report)
     announce(report)
     log.info("%s", report)
-    if compiled is None:
-        compiled = _untouched(gm, example_inputs, patches, report)
-    return compiled
+    return compiled or _untouched(gm, example_inputs, patches, report)
 
 
-def find(gm: fx.GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> tuple[Normal, list[Site | Reject]] | None:
-    """Normalise and match one graph; None, with the reason in the report, where it must stay as it is."""
-    if not mentions_attention(gm):
-        report.untouched = Untouched.NO_ATTENTION
-        return None
-    if _compat.has_grad_inputs(example_inputs):
-        report.untouched = Untouched.GRADIENTS
-        return None
-    if (why := unsupported(gm, example_inputs)) is not None:
-        report.untouched, report.detail = Untouched.UNSUPPORTED, why
-        return None
-    normal = normalise(gm, example_inputs)
-    return normal, match(normal)
-
-
-def _try_rewrite(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, patches: dict[str, Any], report: GraphReport
-) -> Compiled | None:
-    """The rewritten graph, compiled; None, with the reason in the report, where there is nothing to rewrite."""
+@contextlib.contextmanager
+def contained(report: GraphReport) -> Iterator[None]:
+    """Turn a failure of ours into a reason in the report, with a warning; Dynamo's own control flow passes."""
     try:
-        found = find(gm, example_inputs, report)
-        if found is None:
-            return None
-        normal, results = found
-        sites = within_policy(results, options, report, normal)
-        if not sites:
-            report.untouched = Untouched.NO_SITE
-            return None
-        before = str(normal.gm.graph) if log.isEnabledFor(logging.DEBUG) else ""
-        formats = [_formats(site, example_inputs, options, normal) for site in sites]
-        rewritten = rewrite(normal, sites, formats)
-        _log_graphs(before, rewritten.gm)
-        kept = [example_inputs[i] for i in rewritten.kept]
-        fn = _compat.compile_fx(rewritten.gm, [*kept, *rewritten.examples], config_patches=patches)
+        yield
     except Exception as error:
         if _compat.is_restart(error):
             raise
@@ -108,21 +84,41 @@ def _try_rewrite(
         report.findings.clear()
         log.exception("graph %s: our pass failed, the graph goes to Inductor untouched", report.name)
         warnings.warn(f"decoquant_compile: {report}; the cache stays dense", stacklevel=2)
+
+
+def find(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport
+) -> tuple[Normal, list[Plan]] | None:
+    """Normalise a graph and say what to rewrite in it, with a row in the report for each attention.
+
+    Returns:
+        The normal form and at least one plan; None, with the reason in the report, where the graph must stay as it is.
+    """
+    if not mentions_attention(gm):
+        report.untouched = Untouched.NO_ATTENTION
         return None
-    bound = {b.index for b in rewritten.bindings}
-    handles = tuple(i for i in rewritten.kept if isinstance(example_inputs[i], CacheTensor) and i not in bound)
-    return PackedGraph(fn, rewritten.kept, rewritten.bindings, rewritten.probe, gm, report, handles)
-
-
-def _untouched(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any], report: GraphReport) -> Compiled:
-    """The same graph, compiled by Inductor; handles among its inputs are read dense at each call."""
-    handles = tuple(i for i, x in enumerate(example_inputs) if isinstance(x, CacheTensor))
-    fn = _compat.compile_fx(gm, list(example_inputs), config_patches=patches)
-    return DenseGraph(fn, handles, report) if handles else fn
+    if records_gradients(example_inputs):
+        report.untouched = Untouched.GRADIENTS
+        return None
+    if (why := unsupported(gm, example_inputs)) is not None:
+        report.untouched, report.detail = Untouched.UNSUPPORTED, why
+        return None
+    normal = normalise(gm, example_inputs)
+    plans: list[Plan] = []
+    for result in match(normal):
+        finding, plan = _decide(result, normal, example_inputs, options, done=len(plans))
+        report.findings.append(finding)
+        log.debug("graph %s: %s", report.name, finding)
+        if plan is not None:
+            plans.append(plan)
+    if not plans:
+        report.untouched = Untouched.NO_SITE
+        return None
+    return normal, plans
 
 
 def mentions_attention(gm: fx.GraphModule) -> bool:
-    """Whether a graph, as Dynamo traced it, can hold attention at all. Costs nothing, and keeps us out of mask frames."""
+    """Whether a graph of Dynamo's can hold attention at all. Costs nothing, and keeps us out of mask frames."""
     words = ("scaled_dot_product", "softmax", "flex_attention")
     return any(
         any(word in str(node.target) or word in getattr(node.target, "__name__", "") for word in words)
@@ -133,63 +129,76 @@ def mentions_attention(gm: fx.GraphModule) -> bool:
     )
 
 
-def within_policy(results: Sequence[Site | Reject], options: Options, report: GraphReport, normal: Normal) -> list[Site]:
-    """The sites to rewrite, with a row in the report for each attention."""
-    sites: list[Site] = []
-    for result in results:
-        source = normal.source(result.key.buffer) if isinstance(result, Site) else ""
-        if isinstance(result, Site) and options.max_rewrites is not None and len(sites) >= options.max_rewrites:
-            where = result.core.node.name
-            report.findings.append(
-                Finding(where, source, result.key.form, result.core.form, "MAX_REWRITES", f"max_rewrites={options.max_rewrites}")
-            )
-            continue
-        bits = (options.bits_of_keys, options.bits_of_values)
-        report.findings.append(Finding.of(result, source, f"K{bits[0]} V{bits[1]}"))
-        log.debug("graph %s: %s", report.name, report.findings[-1])
-        if isinstance(result, Site):
-            sites.append(result)
-    return sites
+def _decide(
+    result: Site | Reject, normal: Normal, example_inputs: Sequence[Any], options: Options, *, done: int
+) -> tuple[Finding, Plan | None]:
+    """What becomes of an attention, when `done` others are to be rewritten."""
+    if isinstance(result, Reject):
+        return Finding.of(result, ""), None
+    source = normal.source(result.key.buffer)
+    if options.max_rewrites is not None and done >= options.max_rewrites:
+        why = f"max_rewrites={options.max_rewrites}"
+        return replace(Finding.of(result, source, why), outcome="MAX_REWRITES"), None
+    key, value = _formats(result, normal, example_inputs, options)
+    return Finding.of(result, source, f"K{key.bits} V{value.bits}"), (result, (key, value))
 
 
-def _formats(site: Site, example_inputs: Sequence[Any], options: Options, normal: Normal) -> tuple[Format, Format]:
-    """Packed formats of a site: those of the handles, if it is held already, else as the options say."""
-    formats = []
-    for role, write, bits in (("key", site.key, options.bits_of_keys), ("value", site.value, options.bits_of_values)):
-        tensor = example_inputs[list(normal.placeholders).index(write.buffer)]
-        if isinstance(tensor, CacheTensor) and tensor._state is not None:
-            formats.append(tensor._state.format)
-            continue
-        exact = bits == 16
-        assert isinstance(tensor, Tensor)
-        formats.append(
-            Format(
-                role=role,  # type: ignore[arg-type]
-                bits=bits,
-                head_dim=tensor.shape[site.dims[3]],
-                dtype=tensor.dtype,
-                sinks=0 if exact else options.sinks,
-                window=0 if exact else options.window,
-            )
-        )
-    return formats[0], formats[1]
+def _formats(site: Site, normal: Normal, example_inputs: Sequence[Any], options: Options) -> tuple[Format, Format]:
+    """Packed formats of a site's keys and values: those in which they are held already, else as the options say."""
+
+    def choose(role: Role, write: CacheWrite, bits: int) -> Format:
+        tensor = example_inputs[normal.placeholders.index(write.buffer)]
+        state = state_of(tensor, site.dims)
+        if state is not None and state.format.role == role:
+            return state.format
+        return Format(role, bits, tensor.shape[site.dims[3]], tensor.dtype, options.sinks, options.window)
+
+    return choose("key", site.key, options.bits_of_keys), choose("value", site.value, options.bits_of_values)
 
 
-def _log_graphs(before: str, after: fx.GraphModule) -> None:
-    if before:
-        log.debug("normalised graph:\n%s", before)
-        log.debug("rewritten graph:\n%s", after.graph)
-    _compat.trace_artifact("rewritten", lambda: str(after.graph))
+def _packed(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    patches: Mapping[str, Any],
+    report: GraphReport,
+) -> Compiled | None:
+    """The graph on packed caches, compiled; None, with the reason in the report, where there is nothing to rewrite."""
+    found = find(gm, example_inputs, options, report)
+    if found is None:
+        return None
+    normal, plans = found
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("normalised graph:\n%s", str(normal.graph))  # as text: it is changed in place
+    rewritten = rewrite(normal, [site for site, _ in plans], [formats for _, formats in plans])
+    log.debug("rewritten graph:\n%s", rewritten.gm.graph)
+    _compat.trace_artifact("rewritten", lambda: str(rewritten.gm.graph))
+    inputs = [*(example_inputs[i] for i in rewritten.kept), *rewritten.examples]
+    fn = _compat.compile_fx(rewritten.gm, inputs, config_patches=patches)
+    bound = {binding.index for binding in rewritten.bindings}
+    handles = tuple(
+        at for at, i in enumerate(rewritten.kept) if isinstance(example_inputs[i], CacheTensor) and i not in bound
+    )
+    return PackedGraph(fn, rewritten.kept, handles, rewritten.bindings, rewritten.probe, report, gm, patches)
 
 
-def _warn_near_limit(report: GraphReport, entry: int) -> None:
+def _untouched(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any], report: GraphReport
+) -> Compiled:
+    """The same graph, compiled by Inductor; handles among its inputs are read dense at each call."""
+    handles = tuple(i for i, x in enumerate(example_inputs) if isinstance(x, CacheTensor))
+    fn = _compat.compile_fx(gm, example_inputs, config_patches=patches)
+    return DenseGraph(fn, handles, report) if handles else fn
+
+
+def _warn_near_limit(report: GraphReport) -> None:
     """A frame at Dynamo's limit runs eagerly from then on: dense, and out of our sight."""
-    limit = _compat.recompile_limit_now()
-    if entry >= limit:
+    entries, limit = _compat.entries_of_this_frame(), _compat.recompile_limit_now()
+    if entries >= limit:
         warnings.warn(
-            f"decoquant_compile: graph {report.name} is entry {entry} of its frame and Dynamo's recompile_limit is {limit}: "
-            "the next new shape or cache will run eagerly and dense. Raise the limit: torch.compile(..., recompile_limit=64), "
-            "torch._dynamo.config.recompile_limit, or enable(recompile_limit=64).",
+            f"decoquant_compile: graph {report.name} is entry {entries} of its frame and Dynamo's recompile_limit is "
+            f"{limit}: the next new shape or cache will run eagerly and dense. Raise the limit: "
+            "torch.compile(..., recompile_limit=64), torch._dynamo.config.recompile_limit, or "
+            "enable(recompile_limit=64).",
             stacklevel=2,
         )
-

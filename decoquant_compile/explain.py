@@ -1,17 +1,20 @@
 """`explain(...)`: the report of a call, without running a kernel."""
 
-from __future__ import annotations
-
+import inspect
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from decoquant_compile import _compat
-from decoquant_compile.backend import Compiled, find, within_policy
+from decoquant_compile.backend import Compiled, contained, find
 from decoquant_compile.options import Options
-from decoquant_compile.report import GraphReport, Report, Untouched
+from decoquant_compile.report import GraphReport, Report
+from decoquant_compile.takeover import holds_tensors
+
+_ENTRIES = 64  # of one frame in one call: a module's forward may run for every layer
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -28,27 +31,56 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     Returns:
         The report: graphs, findings, reasons.
+
+    Raises:
+        ValueError: the function uses a model or cache that is not among its arguments, and so would not be copied.
     """
+    model = _compat.uncompiled(model)
+    _check_variables(model)
     report = Report()
-    options = Options()
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        frame, entry = _compat.entries_of_this_frame()
-        graph = GraphReport(f"{frame}/{entry - 1}")
+        graph = GraphReport(_compat.graph_name())
         report.graphs.append(graph)
-        found = find(gm, example_inputs, graph)
-        if found is not None and not within_policy(found[1], options, graph, found[0]):
-            graph.untouched = Untouched.NO_SITE
-        return gm.forward
+        with contained(graph):
+            find(gm, example_inputs, Options(), graph)
+        return lambda *inputs: gm.forward(*map(_compat.without_data, inputs))
 
     backend._decoquant_backend = True  # type: ignore[attr-defined]
-    target = getattr(model, "_orig_mod", model)
-    target = getattr(target, "_torchdynamo_orig_callable", target)
-    with _compat.fake_copies((target, args, kwargs)) as (fake_model, fake_args, fake_kwargs):
-        # Entries of earlier explanations stay with the code: they must not use up the caller's limit here.
-        with _compat.dynamo_limits(_compat.recompile_limit_now() + 64):
-            try:
-                torch.compile(fake_model, backend=backend)(*fake_args, **fake_kwargs)
-            except _compat.DataDependent as error:
-                report.notes.append(f"the walk ended where code needs a tensor's value: {error}")
+    with (
+        _compat.fake_copies((model, args, kwargs)) as (fake_model, fake_args, fake_kwargs),
+        _compat.dynamo_limits(_ENTRIES),
+        torch.compiler.set_stance("default"),  # inside `enable`, its backend would take our place
+    ):
+        _rebind((model, *args, *kwargs.values()), (fake_model, *fake_args, *fake_kwargs.values()))
+        try:
+            _compat.compile_isolated(fake_model, backend)(*fake_args, **fake_kwargs)
+        except _compat.DataDependent as error:
+            report.notes.append(f"the walk ended where code needs a tensor's value: {error}")
     return report
+
+
+def _check_variables(function: object) -> None:
+    """Refuse a function that reaches a model or cache through a closure or a global: it would change for real."""
+    if not inspect.isfunction(function):
+        return
+    variables = inspect.getclosurevars(function)
+    for name, value in {**variables.globals, **variables.nonlocals}.items():
+        if not isinstance(value, Tensor) and holds_tensors(value):
+            raise ValueError(
+                f"{function.__qualname__} uses {name!r}, a {type(value).__name__}, which cannot be copied from there: "
+                "pass it as an argument, explain(function, model, cache)"
+            )
+
+
+def _rebind(originals: Sequence[object], copies: Sequence[object]) -> None:
+    """Let the modules of a copied model run themselves where `forward` is a compiled method of the module they copy."""
+    for original, copied in zip(originals, copies, strict=True):
+        ours, theirs = getattr(original, "__self__", original), getattr(copied, "__self__", copied)
+        if not isinstance(ours, nn.Module) or not isinstance(theirs, nn.Module):
+            continue
+        for module, twin in zip(ours.modules(), theirs.modules(), strict=True):
+            forward = vars(module).get("forward", module.forward)
+            method: Any = _compat.uncompiled(forward)
+            if method is not forward and getattr(method, "__self__", None) is module:
+                twin.forward = types.MethodType(method.__func__, twin)

@@ -6,16 +6,12 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import GetSetDescriptorType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import UserError, UserErrorType  # -> _compat
-from torch._dynamo.symbolic_convert import InstructionTranslator  # -> _compat
-from torch.utils._python_dispatch import _disable_current_modes  # -> _compat
-from torch.utils._pytree import tree_map  # -> _compat
 
-from decoquant_compile import _storage
+from decoquant_compile import _compat, _storage
 from decoquant_compile.kernels.state import CacheState
 
 Dims: TypeAlias = tuple[int, int, int, int]
@@ -57,7 +53,7 @@ class CacheTensor(Tensor):
         """Run `func` as if on the dense tensor; while torch.compile traces, on the handle's metadata."""
         if torch.compiler.is_compiling():
             _require_own_backend()
-            with torch._C.DisableTorchFunctionSubclass():  # -> _compat
+            with _compat.no_subclass_dispatch():
                 return func(*args, **(kwargs or {}))
         return _call(func, tuple(args), dict(kwargs or {}))
 
@@ -129,6 +125,17 @@ def pack(tensor: Tensor, state: CacheState, dims: Dims, storage: torch.UntypedSt
     tensor._state, tensor._dims = state, dims
 
 
+def state_of(tensor: object, dims: Dims) -> CacheState | None:
+    """The packed content of a whole handle whose dimensions have the roles `dims`; None for anything else."""
+    if not isinstance(tensor, CacheTensor) or tensor._state is None:
+        return None
+    same = tensor._dims == dims or all(
+        mine == theirs or tensor.shape[mine] == tensor.shape[theirs] == 1
+        for mine, theirs in zip(tensor._dims, dims, strict=True)
+    )
+    return tensor._state if same else None
+
+
 def unpack(handle: CacheTensor) -> None:
     """Make a handle a plain tensor with its present content again; for a view, make its root one too."""
     root = handle if handle._root is None else handle._root
@@ -136,18 +143,18 @@ def unpack(handle: CacheTensor) -> None:
         with _internal():
             _give_memory(root, root.dense().untyped_storage())
     if root is not handle:
-        _settle(handle)
+        settle(handle)
 
 
 def _give_memory(root: CacheTensor, storage: torch.UntypedStorage) -> None:
-    with torch._C.DisableTorchFunctionSubclass():  # -> _compat
+    with _compat.no_subclass_dispatch():
         _storage.exchange(root, storage)
     for name in ("_state", "_dims", "dense_calls"):
         root.__dict__.pop(name, None)
     root.__class__ = Tensor  # type: ignore[assignment]
 
 
-def _settle(tensor: object) -> bool:
+def settle(tensor: object) -> TypeGuard[CacheTensor]:
     """Whether `tensor` is a handle; a view whose root is plain again becomes plain here, over the same memory."""
     if not isinstance(tensor, CacheTensor):
         return False
@@ -176,10 +183,10 @@ class Transients:
 
     def lower(self, value: Any) -> Any:
         """A dense tensor for a handle; any other value as it is."""
-        if not _settle(value):
+        if not settle(value):
             return value
-        if (mode := _fake_mode()) is not None:
-            with torch._C.DisableTorchFunctionSubclass():  # -> _compat
+        if (mode := _compat.fake_mode()) is not None:
+            with _compat.no_subclass_dispatch():
                 return mode.from_tensor(value)
         if id(value) not in self._dense:
             dense = self._read(value) if value._root is None else _alias(self.lower(value._root), value)
@@ -192,13 +199,22 @@ class Transients:
         with _internal():  # a transient of inference mode would not count its versions
             order = [root._dims.index(i) for i in range(4)]
             dense = root._state.read().permute(order).contiguous()
-            if dense.is_inference() or _address(dense) == _address(root._state.buffer):
+            if dense.is_inference() or _compat.storage_id(dense) == _compat.storage_id(root._state.buffer):
                 dense = dense.clone()
-        self._roots[_address(dense)] = (root, dense, dense._version)
+        self._roots[_compat.storage_id(dense)] = (root, dense, _compat.version(dense))
         return dense
 
-    def commit(self) -> None:
+    @property
+    def roots(self) -> list[CacheTensor]:
+        """The caches that were read."""
+        return [root for root, *_ in self._roots.values()]
+
+    def commit(self, *, counted: bool = True) -> None:
         """Store what the call changed.
+
+        Args:
+            counted: every write raised the version of its tensor. It does not in a compiled graph that writes to a
+                tensor's `data`.
 
         Raises:
             RuntimeError: the call changed more of a tensor than its content: shape, memory or gradients. Nothing is
@@ -207,8 +223,10 @@ class Transients:
         if any(_facts(dense) != facts for dense, facts in self._dense.values()):
             raise RuntimeError(f"a packed cache cannot change its shape or memory or record gradients; {_RESTORE}")
         for root, dense, version in self._roots.values():
-            if dense._version != version:
+            if _compat.version(dense) != version:
                 _store(root, dense)
+            elif not counted:
+                root.store_changes(root.dense(), dense)
 
     def lift(self, value: Any) -> Any:
         """The handle for its stand-in, a view of the handle for what aliases the stand-in, any other value as it is."""
@@ -216,10 +234,10 @@ class Transients:
             return value
         if (handle := self._handles.get(id(value))) is not None:
             return handle
-        root, dense, *_ = self._roots.get(_address(value), (None, None))
+        root, dense, *_ = self._roots.get(_compat.storage_id(value), (None, None))
         if root is None:
             return value
-        if torch._C._functorch.is_functorch_wrapped_tensor(value) or value.is_conj() or value.is_neg():  # -> _compat
+        if _compat.is_wrapped(value) or value.is_conj() or value.is_neg():
             raise RuntimeError(f"a packed cache has no views of this kind ({type(value).__name__}); {_RESTORE}")
         assert dense is not None
         return _as_view(_alias(root, value), root)
@@ -236,7 +254,7 @@ def _store(root: CacheTensor, dense: Tensor) -> None:
 
 def _alias(base: Tensor, like: Tensor) -> Tensor:
     """The view of contiguous `base` that lies in its memory as `like` lies in that of its own base."""
-    with torch._C.DisableTorchFunctionSubclass(), _internal():  # -> _compat
+    with _compat.no_subclass_dispatch(), _internal():
         flat = base.view(-1)
         if like.dtype != base.dtype:
             flat = flat.view(like.dtype)
@@ -271,9 +289,9 @@ def _internal() -> Iterator[None]:
     with (
         torch.inference_mode(False),
         torch.enable_grad(),  # nothing of ours requires grad; views made without it would restrict the caller
-        torch._C.DisableTorchFunction(),  # -> _compat
-        torch._C._DisableFuncTorch(),  # -> _compat
-        _disable_current_modes(),
+        _compat.no_torch_function(),
+        _compat.no_transforms(),
+        _compat.no_modes(),
     ):
         yield
 
@@ -282,20 +300,15 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITWISE.get(tensor.element_size(), torch.uint8))
 
 
-def _address(tensor: Tensor) -> int:
-    """Identity of the storage under a tensor and its functorch wrappers; 0 without one."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # -> _compat
-        tensor = torch._C._functorch.get_unwrapped(tensor)  # -> _compat
-    return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else 0  # -> _compat
-
-
 def _facts(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.requires_grad, _address(tensor)
-
-
-def _fake_mode() -> Any:
-    """The active FakeTensorMode, under which no data can be read."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)  # -> _compat
+    return (
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        tensor.storage_offset(),
+        tensor.requires_grad,
+        _compat.storage_id(tensor),
+    )
 
 
 # Compiling
@@ -304,18 +317,10 @@ def _fake_mode() -> Any:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _require_own_backend() -> bool:
     """Refuse, at trace time, a compiler that does not know handles: its graph would read freed memory."""
-    try:
-        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
-    except AttributeError:  # some other tracer than Dynamo
-        backend = None
-    for _ in range(8):
-        if getattr(backend, "_decoquant_backend", False):
-            return True
-        wrappers = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn", "func", "__wrapped__")
-        backend = next((inner for name in wrappers if (inner := getattr(backend, name, None)) is not None), None)
-    raise UserError(
-        UserErrorType.INVALID_INPUT,
-        f"a cache tensor in this graph is packed by decoquant_compile, but the backend is another one; {_RESTORE}",
+    if any(getattr(compiler, "_decoquant_backend", False) for compiler in _compat.compilers_in_use()):
+        return True
+    raise _compat.user_error(
+        f"a cache tensor in this graph is packed by decoquant_compile, but the backend is another one; {_RESTORE}"
     )
 
 
@@ -324,21 +329,21 @@ def _require_own_backend() -> bool:
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first = args[0] if args else None
-    handle = first if _settle(first) else None
+    handle = first if settle(first) else None
     caller = sys._getframe(2).f_globals.get("__name__")
-    if func in (Tensor.size, Tensor.dim) and caller == "torch._functorch.vmap":  # its next step is C++
+    if func in (Tensor.size, Tensor.dim) and caller == _compat.VMAP_MODULE:  # its next step is C++
         raise RuntimeError(f"vmap reads the memory of its arguments, and this cache is packed; {_RESTORE}")
-    if func in _METADATA or (func is Tensor.untyped_storage and caller == "torch._subclasses.meta_utils"):
-        with torch._C.DisableTorchFunctionSubclass():  # -> _compat
+    if func in _METADATA or (func is Tensor.untyped_storage and caller == _compat.FAKE_MODULE):
+        with _compat.no_subclass_dispatch():
             return func(*args, **kwargs)
     if isinstance(handle, CacheTensor):
         if func in _REFUSED:
             owner = getattr(func, "__self__", None)  # of the accessors of properties
             raise _refusal(getattr(owner, "__name__", func.__name__))
-        if _fake_mode() is not None:
+        if _compat.fake_mode() is not None:
             if func is Tensor.__deepcopy__:  # of the fake tensor would look at its memory
                 return Transients().lower(handle)
-        elif torch._C._functorch.peek_interpreter_stack() is None:  # -> _compat; a transform must see the operation
+        elif not _compat.in_transform():  # a transform must see the operation
             if func in _VIEWS or (func is Tensor.__getitem__ and _is_basic(args[1])):
                 return _view(func, handle, args, kwargs)
             if (special := _SPECIAL.get(func)) is not None:
@@ -346,10 +351,10 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
                 if result is not NotImplemented:
                     return result
     transients = Transients()
-    args, kwargs = tree_map(transients.lower, (args, kwargs))
+    args, kwargs = _compat.tree_map(transients.lower, (args, kwargs))
     result = func(*args, **kwargs)
     transients.commit()
-    return tree_map(transients.lift, result)
+    return _compat.tree_map(transients.lift, result)
 
 
 def _refusal(name: str) -> RuntimeError:
@@ -359,9 +364,9 @@ def _refusal(name: str) -> RuntimeError:
 def _view(func: Callable[..., Any], handle: CacheTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A view needs no content: it is taken of the released storage, which the root and its views share."""
     root = handle if handle._root is None else handle._root
-    with torch._C.DisableTorchFunctionSubclass():  # -> _compat
+    with _compat.no_subclass_dispatch():
         result = func(*args, **kwargs)
-    return tree_map(lambda tensor: _as_view(tensor, root), result)
+    return _compat.tree_map(lambda tensor: _as_view(tensor, root), result)
 
 
 def _try(special: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -486,13 +491,13 @@ def _requires_grad(handle: CacheTensor, requires_grad: bool = True) -> Any:
 
 def _base(handle: CacheTensor) -> Any:
     """None for a whole handle, even if it was a view of a tensor that nobody else knows of."""
-    with torch._C.DisableTorchFunctionSubclass():  # -> _compat
-        return None if handle._root is None else handle._base
+    with _compat.no_subclass_dispatch():
+        return None if handle._root is None else _compat.base_of(handle)
 
 
 def _is_view(handle: CacheTensor) -> bool:
-    with torch._C.DisableTorchFunctionSubclass():  # -> _compat
-        return handle._root is not None and handle._is_view()
+    with _compat.no_subclass_dispatch():
+        return handle._root is not None and _compat.is_view(handle)
 
 
 def _format(handle: CacheTensor, spec: str) -> Any:
@@ -521,22 +526,30 @@ def _functions(names: str) -> set[Callable[..., Any]]:
 _TENSOR_PROPERTIES = {"_base", "data", "real", "imag", "T", "H", "mT", "mH"}
 
 # Need no content.
-_METADATA = _functions(
-    "size stride dim ndimension numel nelement element_size storage_offset is_contiguous dim_order get_device "
-    "is_floating_point is_complex is_signed is_inference is_conj is_neg is_same_size is_coalesced _use_count "
-    "__len__ __hash__ __dlpack_device__ "
-    "empty_like zeros_like ones_like rand_like randn_like new_empty new_zeros new_ones"
-) | {
-    descriptor.__get__
-    for name, descriptor in vars(Tensor.__base__).items()
-    if isinstance(descriptor, GetSetDescriptorType) and name not in _TENSOR_PROPERTIES
-}
+_METADATA = (
+    _compat.PRIVATE_METADATA
+    | _functions(
+        "size stride dim ndimension numel nelement element_size storage_offset is_contiguous dim_order get_device "
+        "is_floating_point is_complex is_signed is_inference is_conj is_neg is_same_size is_coalesced "
+        "__len__ __hash__ __dlpack_device__ "
+        "empty_like zeros_like ones_like rand_like randn_like new_empty new_zeros new_ones"
+    )
+    | {
+        descriptor.__get__
+        for name, descriptor in vars(Tensor.__base__).items()
+        if isinstance(descriptor, GetSetDescriptorType) and name not in _TENSOR_PROPERTIES
+    }
+)
 
 # Need the memory, or change more than the content.
-_REFUSED = _functions(
-    "data_ptr untyped_storage storage _typed_storage numpy __dlpack__ share_memory_ apply_ map_ map2_ "
-    "resize_ resize_as_ t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_ as_strided_ _to_functional_tensor"
-) | {Tensor.data.__set__, Tensor.__cuda_array_interface__.__get__}  # type: ignore[attr-defined]
+_REFUSED = (
+    _functions(
+        "data_ptr untyped_storage storage numpy __dlpack__ share_memory_ apply_ map_ map2_ "
+        "resize_ resize_as_ t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_ as_strided_"
+    )
+    | _compat.PRIVATE_MEMORY
+    | {Tensor.data.__set__, Tensor.__cuda_array_interface__.__get__}  # type: ignore[attr-defined]
+)
 
 # Always give views.
 _VIEWS = _functions(
@@ -557,10 +570,10 @@ _SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
         "__deepcopy__": _deepcopy,
         "requires_grad_": _requires_grad,
         "__format__": _format,
-        "_is_view": _is_view,
     }.items()
     for function in _functions(names)
 } | {
     Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
-    Tensor._base.__get__: _base,  # type: ignore[union-attr]
+    _compat.BASE_GETTER: _base,
+    _compat.IS_VIEW: _is_view,
 }

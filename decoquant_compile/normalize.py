@@ -1,24 +1,17 @@
 """Dynamo's graph to functional pre-dispatch ATen, where attention is whole and every write is a value, and back."""
 
-from __future__ import annotations
-
 import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher  # -> _compat
-from torch._functorch.aot_autograd import aot_export_module  # -> _compat
-from torch._guards import TracingContext, tracing  # -> _compat
-from torch._subclasses.fake_tensor import FakeTensorMode  # -> _compat
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+from decoquant_compile import _compat
 
 aten = torch.ops.aten
 
-_AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 _IN_PLACE_OPERATORS = {operator.setitem, operator.delitem} | {
     getattr(operator, f"i{name}")
     for name in (
@@ -83,7 +76,7 @@ class Normal:
     @staticmethod
     def source(placeholder: fx.Node) -> str:
         """How Dynamo names an input, such as `L['cache'].layers[0].keys`; "" where it has no name."""
-        source = getattr(placeholder, "_dynamo_source", None)
+        source = _compat.input_source(placeholder)
         return "" if source is None else str(source.name)
 
     @property
@@ -97,6 +90,11 @@ class Normal:
         return mutated, outputs
 
 
+def records_gradients(example_inputs: Sequence[Any]) -> bool:
+    """Whether a graph over these inputs is to be differentiated."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
+
+
 def unsupported(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | None:
     """Say why a graph must not be normalised, None if it may be.
 
@@ -107,9 +105,9 @@ def unsupported(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | None
         example_inputs: its inputs. Only their metadata is read.
     """
     inputs = gm.graph.find_nodes(op="placeholder")
-    if TracingContext.try_get() is None or len(inputs) != len(example_inputs):
+    if not _compat.is_traced() or len(inputs) != len(example_inputs):
         return "it was not traced by Dynamo"
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
+    if records_gradients(example_inputs):
         return "it records gradients"
     if any(True for _ in gm.parameters()) or any(True for _ in gm.buffers()):
         return "it holds parameters or buffers of its own"
@@ -138,25 +136,7 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normal:
     Raises:
         RestartAnalysis: Dynamo's own control flow, which the caller must let through.
     """
-    context = TracingContext.get()
-    mode = context.fake_mode
-    assert mode is not None
-    fakes = FakeTensorMode(shape_env=mode.shape_env, allow_non_fake_inputs=False)
-    inputs = gm.graph.find_nodes(op="placeholder")
-
-    def fake(node: fx.Node, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        symbolic = context.tensor_to_context.get(x)
-        if symbolic is None:
-            return fakes.from_tensor(x, static_shapes=True)
-        return fakes.from_tensor(x, symbolic_context=symbolic, source=node._dynamo_source, trace=False)  # type: ignore[attr-defined]
-
-    arguments = tuple(fake(node, x) for node, x in zip(inputs, example_inputs, strict=True))
-    with tracing(TracingContext(fakes)), enable_python_dispatcher(), torch.no_grad(), fx.traceback.preserve_node_meta():
-        traced, signature = aot_export_module(gm, arguments, trace_joint=False, pre_dispatch=True, decompositions={})
-    assert isinstance(traced, fx.GraphModule)
-    mutated = {str(value): str(target) for value, target in signature.user_inputs_to_mutate.items()}
+    traced, mutated = _compat.trace_functional(gm, example_inputs)
     return _settle(gm, traced, mutated)
 
 
@@ -175,9 +155,7 @@ def finish(normal: Normal) -> fx.GraphModule:
     gm.graph.lint()
     gm.recompile()
     gm.meta.update(normal.original.meta)
-    # Dynamo's modules carry it; AOTAutograd names parameters by it.
-    names: Any = getattr(normal.original, "_param_name_to_source", {})
-    gm._param_name_to_source = names
+    _compat.copy_parameter_sources(gm, normal.original)
     return gm
 
 
@@ -186,7 +164,7 @@ def _settle(gm: fx.GraphModule, traced: fx.GraphModule, mutated: Mapping[str, st
     graph = traced.graph
     placeholders = graph.find_nodes(op="placeholder")
     for theirs, ours in zip(gm.graph.find_nodes(op="placeholder"), placeholders, strict=True):
-        ours._dynamo_source = theirs._dynamo_source
+        _compat.copy_input_source(ours, theirs)
         if "tensor_dict" in theirs.meta:
             ours.meta["tensor_dict"] = theirs.meta["tensor_dict"]
     output = graph.output_node()
@@ -202,12 +180,12 @@ def _settle(gm: fx.GraphModule, traced: fx.GraphModule, mutated: Mapping[str, st
     output.args = ((values, outputs),)
     for node in list(graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default)):
         graph.erase_node(node)
-    for node in list(graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)):
+    for node in list(graph.find_nodes(op="call_function", target=_compat.SET_GRAD_ENABLED)):
         graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         _guard_lengths(node)
     graph.eliminate_dead_code()
-    for name, constant in list(traced._buffers.items()):
+    for name, constant in list(traced.named_buffers(recurse=False, remove_duplicate=False)):
         # AOTAutograd looks for a Dynamo source of every buffer; constants of the graph have none.
         delattr(traced, name)
         setattr(traced, name, constant)
@@ -239,11 +217,11 @@ def _foreign(node: fx.Node) -> str | None:
         return None
     if str(getattr(target, "__module__", "")).startswith(("torch._functorch", "torch._C._functorch")):
         return "a functorch transform (vmap, grad)"
-    if target in _AUTOCAST:
+    if target in _compat.AUTOCAST:
         return "an autocast region"
-    if isinstance(target, torch._ops.HigherOrderOperator) and target.name() != "flex_attention":
+    if _compat.higher_order_name(target) not in (None, "flex_attention"):
         return "a higher-order operator"
-    if target is torch._C._set_grad_enabled and node.args[0]:
+    if target is _compat.SET_GRAD_ENABLED and node.args[0]:
         grads = (n.meta["example_value"] for n in node.graph.find_nodes(op="placeholder"))
         if any(isinstance(x, Tensor) and x.requires_grad for x in grads):
             return "it switches gradients on"
@@ -278,7 +256,7 @@ def _storages(nodes: Iterable[fx.Node]) -> set[int]:
         value = node.meta.get("example_value")
         for x in value if isinstance(value, list | tuple) else [value]:
             if isinstance(x, Tensor) and x.layout == torch.strided:
-                found.add(x.untyped_storage()._cdata)
+                found.add(_compat.storage_id(x))
     return found
 
 
@@ -289,10 +267,8 @@ def _writes(node: fx.Node) -> bool:
         return _in_place(str(target)) or target in ("__setitem__", "__iadd__")
     if node.op != "call_function":
         return False
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    if (mutates := _compat.mutates(target)) is not None:
+        return mutates
     named = _in_place(str(getattr(target, "__name__", "")))
     return named or target in _IN_PLACE_OPERATORS or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
 

@@ -1,10 +1,8 @@
 """What a user can ask for: one frozen, validated `Options`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 from decoquant_compile import _compat
 
@@ -64,7 +62,7 @@ class Options:
         return tuple(f.name for f in fields(cls))
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> tuple[Options, dict[str, Any]]:
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> tuple[Self, dict[str, Any]]:
         """Split what `torch.compile` passes into our options and patches of Inductor's configuration.
 
         Raises:

@@ -1,15 +1,15 @@
 """What was found in the compiled graphs, what was done with it, and what it saved: values first, tables second."""
 
-from __future__ import annotations
-
 import enum
 import io
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from decoquant_compile.kernels.state import CacheState
 from decoquant_compile.patterns.match import Site
@@ -24,12 +24,6 @@ class Untouched(enum.Enum):
     UNSUPPORTED = "the graph cannot be brought into normal form"
     NO_SITE = "no attention over a cache that we can hold"
     INTERNAL_ERROR = "our pass failed; please report it"
-
-
-class Obstacle(enum.Enum):
-    """Why a call of a rewritten graph ran dense."""
-
-    ALIASED_STORAGE = "a cache tensor cannot be taken over"
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class Finding:
         return self.outcome == "rewritten"
 
     @classmethod
-    def of(cls, found: Site | Reject, source: str, detail: str = "") -> Finding:
+    def of(cls, found: Site | Reject, source: str, detail: str = "") -> Self:
         """The row of a site (rewritten) or of a reject."""
         if isinstance(found, Site):
             form = found.core.form if found.read else f"{found.core.form}, own tokens only"
@@ -67,7 +61,7 @@ class Finding:
         return cls(found.where, source, "", form, found.reason.name, found.detail or found.reason.value)
 
 
-@dataclass
+@dataclass(eq=False)
 class GraphReport:
     """One compiled graph.
 
@@ -95,7 +89,7 @@ class GraphReport:
 
     def __str__(self) -> str:
         if self.untouched is not None and not self.findings:
-            return f"graph {self.name}: untouched, {self.untouched.value}" + (f": {self.detail}" if self.detail else "")
+            return f"graph {self.name}: untouched, {_joined(self.untouched.value, self.detail)}"
         rejected: dict[str, int] = {}
         for f in self.findings:
             if not f.rewritten:
@@ -130,7 +124,7 @@ class TakenOver:
         return None if state is None else state.nbytes
 
 
-@dataclass
+@dataclass(eq=False)
 class Report:
     """All graphs compiled or run, and all caches taken over, while a session was open.
 
@@ -161,24 +155,30 @@ class Report:
         for column in ("graph", "attention", "form", "cache", "write", "outcome"):
             table.add_column(column, overflow="fold")
         for graph in self.graphs:
-            for f in graph.findings:
-                outcome = f.outcome if not f.detail else f"{f.outcome}: {f.detail}"
-                table.add_row(graph.name, f.attention, f.form, f.keys, f.write, outcome)
-            if not graph.findings and graph.untouched is not None:
-                table.add_row(graph.name, "", "", "", "", str(graph.untouched.value) + (f": {graph.detail}" if graph.detail else ""))
-        parts: list[RenderableType] = [table]
+            rows = [(f.attention, f.form, f.keys, f.write, _joined(f.outcome, f.detail)) for f in graph.findings]
+            if not rows and graph.untouched is not None:
+                rows = [("", "", "", "", _joined(graph.untouched.value, graph.detail))]
+            for row in rows:
+                table.add_row(*map(Text, (graph.name, *row)))  # not markup: a shape in brackets would vanish
+        lines = []
         dense, packed = self.bytes()
         if dense:
-            parts.append(
+            lines.append(
                 f"{sum(c.packed_bytes is not None for c in self.caches)} cache tensors held packed: "
                 f"{dense / 2**20:.2f} MiB dense before, {packed / 2**20:.2f} MiB now ({packed / dense:.3f})"
             )
-        parts += [f"{g.name}: {g.dense_calls} of {g.calls} calls ran dense: {g.obstacle}" for g in self.graphs if g.dense_calls]
-        parts += self.notes
-        return Group(*parts)
+        lines += [
+            f"{g.name}: {g.dense_calls} of {g.calls} calls ran dense: {g.obstacle}"
+            for g in self.graphs
+            if g.dense_calls
+        ]
+        return Group(table, *map(Text, lines + self.notes))
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140, force_terminal=False, color_system=None)
-        console.print(self)
-        text = console.file.getvalue()  # type: ignore[attr-defined]
-        return str(text).rstrip()
+        text = io.StringIO()
+        Console(file=text, width=140, force_terminal=False, color_system=None).print(self)
+        return text.getvalue().rstrip()
+
+
+def _joined(outcome: str, detail: str) -> str:
+    return f"{outcome}: {detail}" if detail else outcome

@@ -1,10 +1,8 @@
 """Graph surgery: the sites of a normalised graph become `store` and `attend` on packed state buffers."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
@@ -100,21 +98,26 @@ class _Rewriter:
     states: list[fx.Node] = field(default_factory=list)
     examples: list[Tensor] = field(default_factory=list)
     wanted: list[tuple[Int | None, fx.Node | None, Int]] = field(default_factory=list)
+    replaced: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
 
     @property
     def graph(self) -> fx.Graph:
         return self.normal.gm.graph
 
     def run(self, sites: Sequence[Site], formats: Sequence[tuple[Format, Format]]) -> Rewritten:
-        inputs = list(self.normal.placeholders)
+        inputs = self.normal.placeholders
+        sites = [self._full_mask(site) for site in sites]
         for site, (key_format, value_format) in zip(sites, formats, strict=True):
             self._note(site)
             self._bind(site.key, site.dims, key_format)
             self._bind(site.value, site.dims, value_format)
         # Before the writes go: the probe copies nodes of the graph as it came.
-        probe = _probe(inputs, self.wanted)
+        probe = _probe(self.normal.gm, inputs, self.wanted)
         for number, (site, pair) in enumerate(zip(sites, formats, strict=True)):
             self._replace(site, self.states[2 * number], self.states[2 * number + 1], *pair)
+        for old, new in self.replaced:  # last: one attention may be the operand of another
+            old.replace_all_uses_with(new)
+            self.graph.erase_node(old)
         held = {write.buffer for site in sites for write in (site.key, site.value)}
         self.normal.mutations = [(value, target) for value, target in self.normal.mutations if target not in held]
         for node in self.graph.find_nodes(op="call_function", target=aten.view.default):
@@ -130,7 +133,7 @@ class _Rewriter:
         return Rewritten(gm, kept, tuple(self.bindings), tuple(self.examples), probe)
 
     def _bind(self, write: CacheWrite, dims: tuple[int, int, int, int], format_: Format) -> None:
-        index = list(self.normal.placeholders).index(write.buffer)
+        index = self.normal.placeholders.index(write.buffer)
         last = self.graph.find_nodes(op="placeholder")[-1]
         number = len(self.states)
         with self.graph.inserting_after(last):
@@ -141,18 +144,33 @@ class _Rewriter:
         self.examples.append(example)
         self.bindings.append(Binding(index, self.normal.source(write.buffer), dims, format_))
 
+    def _full_mask(self, site: Site) -> Site:
+        """The site with a mask of 4 dims, as the operators and the takeover expect; a graph's own may have fewer."""
+        mask = site.core.mask
+        if mask is None:
+            return site
+        while mask.meta["val"].dim() < 4:
+            with self.graph.inserting_after(mask):
+                value = mask.meta["val"].unsqueeze(0)
+                mask = self.graph.call_function(aten.unsqueeze.default, (mask, 0))
+                mask.meta["val"] = value
+        return replace(site, core=replace(site.core, mask=mask))
+
     def _note(self, site: Site) -> None:
         """Remember what takeover wants to know of the site's keys and values."""
         first: Int = site.read.first if site.read is not None else 0
         for write in (site.key, site.value):
-            held = write.positions if write.positions is not None else write.start if write.start is not None else write.kept
+            held = next((x for x in (write.positions, write.start, write.kept) if x is not None), None)
             self.wanted.append((held, site.core.mask if site.read is not None else None, first))
 
-    def _replace(self, site: Site, key_state: fx.Node, value_state: fx.Node, key_format: Format, value_format: Format) -> None:
+    def _replace(
+        self, site: Site, key_state: fx.Node, value_state: fx.Node, key_format: Format, value_format: Format
+    ) -> None:
         core = site.core
-        with self.graph.inserting_before(core.node):
+        with self.graph.inserting_before(_after_all(site)):
             key, value = self._tokens(site.key, site.dims), self._tokens(site.value, site.dims)
-            key_slots, value_slots = self._size(site.key.buffer, site.dims[2]), self._size(site.value.buffer, site.dims[2])
+            key_slots = self._size(site.key.buffer, site.dims[2])
+            value_slots = self._size(site.value.buffer, site.dims[2])
             tokens = self._size(key, 2)
             length = self._size(core.key, 2)
             first: Int = site.read.first if site.read is not None else 0
@@ -166,8 +184,7 @@ class _Rewriter:
             def attend(positions: fx.Node) -> None:
                 arguments = (core.query, key_state, value_state, key, value, positions, mask, core.scale)
                 sizes = (key_slots, first, length, key_format.key(), value_format.key())
-                attention = self.graph.call_function(ops.attend, (*arguments, *sizes))
-                core.node.replace_all_uses_with(attention)
+                self.replaced.append((core.node, self.graph.call_function(ops.attend, (*arguments, *sizes))))
 
             appended = site.read is not None and not site.read.after_write
             if appended:  # the attention sees the cache as it was
@@ -178,8 +195,6 @@ class _Rewriter:
             store(value_state, value, None, value_slots, value_format)
             if site.read is not None and not appended:
                 attend(stored)
-        if site.read is not None:
-            self.graph.erase_node(core.node)
 
     def _tokens(self, write: CacheWrite, dims: tuple[int, int, int, int]) -> fx.Node:
         """The new tokens as the cache would hold them: its dtype, [batch, heads, tokens, channels]."""
@@ -212,7 +227,8 @@ class _Rewriter:
             return core.mask
         rows = self._arange(0, self._size(core.query, 2), core.query)
         columns = self._arange(0, length, core.query)
-        return self.graph.call_function(aten.le.Tensor, (columns, self.graph.call_function(aten.unsqueeze.default, (rows, 1))))
+        rows = self.graph.call_function(aten.view.default, (rows, [1, 1, -1, 1]))
+        return self.graph.call_function(aten.le.Tensor, (columns, rows))
 
     def _arange(self, start: Int, end: Int, like: fx.Node) -> fx.Node:
         device = like.meta["val"].device
@@ -238,6 +254,17 @@ class _Rewriter:
         if isinstance(a, int) and isinstance(b, int):
             return function(a, b)
         return self.graph.call_function(function, (a, b))
+
+
+def _after_all(site: Site) -> fx.Node:
+    """The first node before which all that a site needs has been computed.
+
+    That is its attention, unless it reads the new tokens alone: their places may be computed later.
+    """
+    write = site.key
+    needed = (write.new, site.value.new, write.positions, write.start, write.kept)
+    last = max(node for node in needed if isinstance(node, fx.Node))
+    return max(site.core.node, last.next)
 
 
 # What a probe may not run: it would repeat the work of the model.
@@ -270,7 +297,9 @@ def _ancestors(node: fx.Node) -> set[fx.Node] | None:
     return seen
 
 
-def _probe(inputs: Sequence[fx.Node], wanted: Iterable[tuple[Int | None, fx.Node | None, Int]]) -> Probe:
+def _probe(
+    gm: fx.GraphModule, inputs: Sequence[fx.Node], wanted: Iterable[tuple[Int | None, fx.Node | None, Int]]
+) -> Probe:
     """Cut out of the graph what is needed to compute the wanted values."""
     outputs: list[Int] = []
     needed: set[fx.Node] = set()
@@ -289,10 +318,9 @@ def _probe(inputs: Sequence[fx.Node], wanted: Iterable[tuple[Int | None, fx.Node
     rows = [(output(held), output(mask), output(first)) for held, mask, first in wanted]
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in inputs[0].graph.nodes:
+    for node in gm.graph.nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(tuple(copies[x] if isinstance(x, fx.Node) else x for x in outputs))
     taken = tuple(i for i, node in enumerate(inputs) if node in needed)
-    module = fx.GraphModule(inputs[0].graph.owning_module, graph)
-    return Probe(module, taken, *(tuple(column) for column in zip(*rows, strict=True)))
+    return Probe(fx.GraphModule(gm, graph), taken, *(tuple(column) for column in zip(*rows, strict=True)))

@@ -1,20 +1,19 @@
-"""A compiled graph at run time: looks up or takes over the caches of each call, and keeps handles right in dense graphs."""
-
-from __future__ import annotations
+"""A compiled graph at run time: finds or takes over the caches of a call, and keeps handles right in dense graphs."""
 
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from decoquant_compile.handle import CacheTensor
+from decoquant_compile.handle import CacheTensor, Transients, state_of, unpack
 from decoquant_compile.report import GraphReport, Report, TakenOver
 from decoquant_compile.rewrite import Binding, Probe
-from decoquant_compile.takeover import Claim, Obstructed, restore, take_over
+from decoquant_compile.takeover import Claim, Obstructed, obstacle, take_over
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +21,7 @@ log = logging.getLogger(__name__)
 OPEN: list[Report] = []
 
 _DENSE_CALLS_BEFORE_RESTORE = 2
+_REASONS_IN_A_MESSAGE = 3
 
 
 def announce(graph: GraphReport) -> None:
@@ -31,12 +31,58 @@ def announce(graph: GraphReport) -> None:
             report.graphs.append(graph)
 
 
+def run_dense(
+    fn: Callable[..., Sequence[Any]],
+    args: Sequence[Any],
+    handles: Sequence[int],
+    report: GraphReport,
+    why: str = "a graph that was not rewritten reads a packed cache",
+) -> list[Any]:
+    """Run a dense graph over handles: each cache is read whole, and the tokens that the graph changed are stored.
+
+    After two such calls a cache is given back its dense tensor, with a warning: to unpack it at every step is slower
+    than never to have packed it. If the graph raises, nothing is stored.
+
+    Args:
+        fn: the compiled graph, in Dynamo's calling convention.
+        args: its arguments.
+        handles: positions of those that may be handles.
+        report: the graph's report.
+        why: the reason, for the report.
+
+    Returns:
+        The results; what aliases a cache is a view of its handle.
+    """
+    transients = Transients()
+    lowered = list(args)
+    for i in handles:
+        lowered[i] = transients.lower(lowered[i])
+    results = fn(*lowered)
+    transients.commit(counted=False)
+    report.dense_calls += 1
+    report.obstacle = why
+    worn = []
+    for root in transients.roots:
+        if not isinstance(root, CacheTensor):  # cleared by the graph, so dense again
+            continue
+        root.dense_calls += 1
+        if root.dense_calls >= _DENSE_CALLS_BEFORE_RESTORE:
+            worn.append(root)
+    for root in worn:
+        unpack(root)
+    lifted = [transients.lift(x) for x in results]
+    if worn:
+        warnings.warn(
+            f"decoquant_compile: {len(worn)} packed cache tensors were read by a graph that could not be rewritten "
+            f"({report}); they are dense again. See report() or explain() for the reasons.",
+            stacklevel=3,
+        )
+    return lifted
+
+
 @dataclass
 class DenseGraph:
-    """A compiled graph that was not rewritten but takes handles: each call reads them dense and stores what it changed.
-
-    After two such calls the caches are given back their dense tensors, with a warning: a cache that is unpacked at every
-    step is slower than one that was never packed.
+    """A compiled graph that was not rewritten but takes handles: each call reads them dense.
 
     Attributes:
         fn: the compiled graph, in Dynamo's calling convention.
@@ -44,44 +90,15 @@ class DenseGraph:
         report: the graph's report.
     """
 
-    fn: Callable[..., Sequence[object]]
+    fn: Callable[..., Sequence[Any]]
     handles: tuple[int, ...]
     report: GraphReport
 
-    def __call__(self, *args: object) -> Sequence[object]:
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        """Run it, in Dynamo's calling convention."""
         announce(self.report)
         self.report.calls += 1
         return run_dense(self.fn, args, self.handles, self.report)
-
-
-def run_dense(fn: Callable[..., Sequence[object]], args: Sequence[object], handles: Sequence[int], report: GraphReport) -> Sequence[object]:
-    """Run a dense graph over handles: each is read whole, and the tokens that the graph changed are stored."""
-    full = list(args)
-    held: list[tuple[CacheTensor, Tensor, Tensor]] = []
-    for i in handles:
-        tensor = full[i]
-        if not isinstance(tensor, CacheTensor):
-            continue
-        dense = tensor.dense()
-        full[i] = dense
-        held.append((tensor, dense, dense.clone()))
-    result = fn(*full)
-    for tensor, after, before in held:
-        tensor.store_changes(before, after)
-        tensor.dense_calls += 1
-    worn = [t for t, _, _ in held if t.dense_calls >= _DENSE_CALLS_BEFORE_RESTORE]
-    if held:
-        report.dense_calls += 1
-        report.obstacle = report.obstacle or "a graph that was not rewritten reads a packed cache"
-    if worn:
-        for tensor in worn:
-            restore(tensor)
-        warnings.warn(
-            f"decoquant_compile: {len(worn)} packed cache tensors were read by a graph that could not be rewritten "
-            f"({report}); they are dense again. See report() or explain() for the reasons.",
-            stacklevel=2,
-        )
-    return result
 
 
 @dataclass
@@ -91,82 +108,104 @@ class PackedGraph:
     Attributes:
         fn: the compiled graph; takes the `kept` inputs, then a state buffer for each binding.
         kept: positions of Dynamo's inputs that the graph still takes.
+        handles: positions, among the kept inputs, of handles that the graph reads as any other tensor.
         bindings: its cache tensors.
         probe: tells what a cache holds that is not ours yet.
-        original: Dynamo's graph, to run densely where a cache cannot be taken over.
         report: the graph's report.
-        handles: kept inputs that are handles which this graph does not understand.
+        original: Dynamo's graph, to run densely where a cache cannot be taken over.
+        patches: Inductor's options for it.
     """
 
-    fn: Callable[..., Sequence[object]]
+    fn: Callable[..., Sequence[Any]]
     kept: tuple[int, ...]
+    handles: tuple[int, ...]
     bindings: tuple[Binding, ...]
     probe: Probe
-    original: fx.GraphModule
     report: GraphReport
-    handles: tuple[int, ...] = ()
-    _dense: Callable[..., Sequence[object]] | None = field(default=None, init=False)
+    original: fx.GraphModule
+    patches: Mapping[str, Any]
+    _dense: Callable[..., Sequence[Any]] | None = field(default=None, init=False)
 
-    def __call__(self, *args: object) -> Sequence[object]:
-        if OPEN:
-            announce(self.report)
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        """Run it, in Dynamo's calling convention."""
+        announce(self.report)
         self.report.calls += 1
-        foreign = [b for b in self.bindings if not _held(args[b.index], b)]
-        if foreign:
+        if foreign := [i for i, binding in enumerate(self.bindings) if not _is_held(args[binding.index], binding)]:
             try:
                 self._take_over(args, foreign)
             except Obstructed as error:
-                return self._run_dense(args, str(error))
-        buffers = [args[b.index]._state.buffer for b in self.bindings]  # type: ignore[attr-defined]
+                return self._run_dense(args, self._why(foreign, error.reasons))
+            except Exception as error:
+                log.exception("graph %s: takeover failed, the call runs dense", self.report.name)
+                return self._run_dense(args, f"takeover failed: {type(error).__name__}: {error}")
+        buffers = [args[binding.index]._state.buffer for binding in self.bindings]
+        kept = [args[i] for i in self.kept]
         if self.handles:
-            position = {index: at for at, index in enumerate(self.kept)}
-            kept = [args[i] for i in self.kept]
-            return run_dense(
-                lambda *a: self.fn(*a, *buffers), kept, [position[i] for i in self.handles if i in position], self.report
-            )
-        return self.fn(*[args[i] for i in self.kept], *buffers)
+            return run_dense(lambda *inputs: self.fn(*inputs, *buffers), kept, self.handles, self.report)
+        return self.fn(*kept, *buffers)
 
-    def _take_over(self, args: Sequence[object], foreign: Sequence[Binding]) -> None:
-        """Take every cache tensor that is not ours yet, or none of them."""
-        for binding in foreign:  # held in another format: unpack, then pack anew
-            restore(args[binding.index])
+    def _take_over(self, args: Sequence[Any], foreign: Sequence[int]) -> None:
+        """Take every cache tensor that is not held in the right way yet, or none of them.
+
+        Args:
+            args: of the call.
+            foreign: the numbers of their bindings.
+
+        Raises:
+            Obstructed: a tensor cannot be taken over.
+        """
+        bindings = [self.bindings[i] for i in foreign]
+        tensors: list[Tensor] = [args[binding.index] for binding in bindings]
+        reasons = [
+            None if isinstance(tensor, CacheTensor) and tensor._state is not None else obstacle(tensor, binding.dims)
+            for tensor, binding in zip(tensors, bindings, strict=True)
+        ]
+        if any(reasons):
+            raise Obstructed(reasons)
+        for tensor in tensors:
+            if isinstance(tensor, CacheTensor):  # packed, but in another format or layout
+                unpack(tensor)
         with torch.no_grad():
-            outputs = self.probe.graph(*[args[i] for i in self.probe.inputs])
-        claims, lengths, masks = [], [], []
-        sources = []
-        for number, binding in enumerate(self.bindings):
-            if binding not in foreign:
-                continue
-            tensor = args[binding.index]
-            assert isinstance(tensor, Tensor)
-            length_at, mask_at, first_at = self.probe.length[number], self.probe.mask[number], self.probe.first[number]
-            length = None if length_at is None else outputs[length_at]
-            if isinstance(length, Tensor):
-                length = int(length.min()) if length.numel() else None
-            mask = None if mask_at is None or first_at is None else (outputs[mask_at], int(outputs[first_at]))
-            claims.append(Claim(tensor, binding.dims, binding.format))
+            outputs = self.probe.graph(*(args[i] for i in self.probe.inputs))
+        lengths: list[int | None] = []
+        masks: list[tuple[Tensor, int] | None] = []
+        for i, tensor in zip(foreign, tensors, strict=True):
+            at = (self.probe.length[i], self.probe.mask[i], self.probe.first[i])
+            length, mask, first = (None if number is None else outputs[number] for number in at)
+            if isinstance(length, Tensor):  # the slots that this call writes; negative ones count from the end
+                slots = tensor.shape[self.bindings[i].dims[2]]
+                length = int(length.remainder(slots).min()) if length.numel() else None
             lengths.append(length)
-            masks.append(mask)
-            sources.append((binding, tensor.numel() * tensor.element_size()))
+            masks.append(None if mask is None or first is None else (mask, int(first)))
+        claims = [
+            Claim(tensor, binding.dims, binding.format) for tensor, binding in zip(tensors, bindings, strict=True)
+        ]
         take_over(claims, lengths=lengths, masks=masks)
-        for claim, (binding, dense_bytes) in zip(claims, sources, strict=True):
-            state = claim.tensor._state  # type: ignore[attr-defined]
-            taken = TakenOver(binding.source, binding.format.role, binding.format.bits, dense_bytes, weakref.ref(state))
+        for tensor, binding in zip(tensors, bindings, strict=True):
+            assert isinstance(tensor, CacheTensor)
+            assert tensor._state is not None
+            held = binding.format
+            taken = TakenOver(binding.source, held.role, held.bits, tensor.nbytes, weakref.ref(tensor._state))
             for report in OPEN:
                 report.caches.append(taken)
         log.info("graph %s: took over %d cache tensors", self.report.name, len(claims))
 
-    def _run_dense(self, args: Sequence[object], why: str) -> Sequence[object]:
-        """The graph as Dynamo traced it, compiled by Inductor alone, on dense tensors."""
-        self.report.dense_calls += 1
-        self.report.obstacle = why
+    def _why(self, foreign: Sequence[int], reasons: Sequence[str | None]) -> str:
+        found = [f"{self.bindings[i].source} {reason}" for i, reason in zip(foreign, reasons, strict=True) if reason]
+        more = len(found) - _REASONS_IN_A_MESSAGE
+        return "; ".join(found[:_REASONS_IN_A_MESSAGE]) + (f"; and {more} more" if more > 0 else "")
+
+    def _run_dense(self, args: Sequence[Any], why: str) -> Sequence[Any]:
+        """Run the graph as Dynamo traced it, compiled by Inductor alone, on dense tensors."""
         if self._dense is None:
-            warnings.warn(f"decoquant_compile: the cache stays dense: {why}", stacklevel=2)
-            self._dense = torch.compile(self.original, backend="inductor")
+            warnings.warn(f"decoquant_compile: the cache stays dense: {why}", stacklevel=3)
+            self._dense = torch.compile(self.original, backend="inductor", options=dict(self.patches))
         handles = [i for i, x in enumerate(args) if isinstance(x, CacheTensor)]
-        return run_dense(self._dense, args, handles, self.report)
+        with torch.compiler.set_stance("default"):  # a forced backend would bring the graph back here
+            return run_dense(self._dense, args, handles, self.report, why)
 
 
-def _held(tensor: object, binding: Binding) -> bool:
-    """Whether a tensor is a handle in the format that the graph was compiled for."""
-    return isinstance(tensor, CacheTensor) and tensor._state is not None and tensor._state.format == binding.format
+def _is_held(tensor: object, binding: Binding) -> bool:
+    """Whether a tensor is a handle in the format and layout that the graph was compiled for."""
+    state = state_of(tensor, binding.dims)
+    return state is not None and state.format == binding.format

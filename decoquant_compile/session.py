@@ -1,13 +1,11 @@
 """`enable(...)`: whatever `torch.compile` compiles inside uses this backend."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -25,14 +23,14 @@ class _Backend:
 
     options: Options
     mode: str | None
-    _decoquant_backend: bool = True
+    _decoquant_backend: ClassVar[bool] = True
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
-        _, patches = Options.parse(None, self.mode)
+        patches = Options.parse(None, self.mode)[1]
         return compile_graph(gm, example_inputs, self.options, patches)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _backend(options: Options, mode: str | None) -> _Backend:
     return _Backend(options, mode)
 
@@ -63,8 +61,8 @@ def enable(
     Args:
         mode: a mode of `torch.compile`, such as "reduce-overhead" (CUDA graphs).
         fullgraph: make a graph break an error.
-        recompile_limit: Dynamo's per-frame limit of compiled entries while the block is open; each shape takes up to two
-            (the first call on a new cache, and later calls). It is never lowered.
+        recompile_limit: Dynamo's per-frame limit of compiled entries while the block is open; each shape takes up to
+            two (the first call on a new cache, and later calls). It is never lowered.
         **options: names of `Options`, such as `bits=4`.
 
     Yields:
@@ -77,13 +75,18 @@ def enable(
     own, inductor = Options.parse(options, mode)
     unknown = [name for name in options if name not in Options.names()]
     if unknown:
-        raise ValueError(f"option {unknown[0]!r} is Inductor's: pass it to torch.compile(..., options={{...}}) instead")
+        raise ValueError(
+            f"option {unknown[0]!r} is Inductor's: pass it to torch.compile(..., backend=decoquant_backend, "
+            "options={...}), outside of enable()"
+        )
     if OPEN:
         raise RuntimeError("enable() is open already: blocks cannot be nested, close the other one first")
     session = Session(own)
     report = session.report()
     if torch.cuda.is_available() and not inductor.get("triton.cudagraphs"):
-        report.notes.append('CUDA graphs are off: this block drops the mode of torch.compile; enable(mode="reduce-overhead")')
+        report.notes.append(
+            'CUDA graphs are off: this block drops the mode of torch.compile; enable(mode="reduce-overhead")'
+        )
     OPEN.append(report)
     try:
         with contextlib.ExitStack() as stack:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from decoquant_compile import _storage
-from decoquant_compile.handle import CacheTensor, Dims, pack, unpack
+from decoquant_compile import _compat, _storage
+from decoquant_compile.handle import CacheTensor, Dims, pack, settle, unpack
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import CacheState
 
@@ -52,7 +52,7 @@ def obstacle(tensor: Tensor, dims: Dims) -> str | None:
         tensor: a cache tensor.
         dims: which of its dimensions is batch, head, slot, channel.
     """
-    if isinstance(tensor, CacheTensor):
+    if settle(tensor):
         return "is a view of a packed cache" if tensor._root is not None else "is packed already"
     if type(tensor) is not Tensor:
         return f"is a {type(tensor).__name__}, not a plain tensor"
@@ -68,7 +68,7 @@ def obstacle(tensor: Tensor, dims: Dims) -> str | None:
         return f"has shape {tuple(tensor.shape)}, whose batch, head, slot and channel are not dimensions {dims}"
     if tensor.numel() == 0:
         return f"is empty: shape {tuple(tensor.shape)}"
-    if tensor.is_neg() or tensor._is_zerotensor():
+    if tensor.is_neg() or _compat.is_zero_tensor(tensor):
         return "is a lazy tensor"
     storage = tensor.untyped_storage()
     if not tensor.is_contiguous() or tensor.storage_offset() != 0 or storage.nbytes() != tensor.nbytes:
@@ -193,9 +193,17 @@ def nbytes(cache: object) -> Bytes:
             assert root._state is not None
             packed[id(root._state)] = root._state.nbytes
         elif root.layout == torch.strided and root.device.type != "meta":
-            storage = root.untyped_storage()
-            dense[storage._cdata] = storage.nbytes()
+            dense[_compat.storage_id(root)] = root.untyped_storage().nbytes()
     return Bytes(sum(packed.values()), sum(dense.values()))
+
+
+def holds_tensors(value: object) -> bool:
+    """Whether any tensor is reachable from an object."""
+    try:
+        next(_tensors(value))
+    except TypeError:
+        return False
+    return True
 
 
 _OPAQUE = (str, bytes, int, float, complex, type, types.ModuleType, types.FunctionType, torch.dtype, torch.device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from decoquant_compile import _compat
 from decoquant_compile.patterns.movement import MOVEMENT
 from decoquant_compile.patterns.reject import Reason, Reject
 from decoquant_compile.patterns.symbols import argument, dtype, known, shape
@@ -131,7 +132,7 @@ def _mask(core: AttentionCore, mask: fx.Node) -> Reject | None:
 
 
 def _is_flex(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == "flex_attention"
+    return _compat.higher_order_name(node.target) == "flex_attention"
 
 
 def _between_products(softmax: fx.Node) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -11,9 +11,6 @@ from torch import fx
 from decoquant_compile.patterns.movement import is_identity, operand, peel, plain, sliced
 from decoquant_compile.patterns.reject import Problem, Reason
 from decoquant_compile.patterns.symbols import Int, Size, argument, as_int, dtype, known, same_shape, shape, size_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 aten = torch.ops.aten
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import fx
@@ -15,9 +16,6 @@ from decoquant_compile.patterns.cache import FORMS, CacheWrite, parse
 from decoquant_compile.patterns.movement import Repeat, Walk, moves, operand, peel, plain
 from decoquant_compile.patterns.reject import Problem, Reason, Reject
 from decoquant_compile.patterns.symbols import Int, Size, dtype, known, same_value, shape
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 aten = torch.ops.aten
 

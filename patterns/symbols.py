@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from decoquant_compile import _compat
 
 Size = int | torch.SymInt
 Int = int | fx.Node
@@ -15,7 +16,7 @@ Int = int | fx.Node
 
 def known(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes holds for every run of this graph; undecided is False."""
-    return statically_known_true(condition)
+    return _compat.statically_known_true(condition)
 
 
 def shape(node: fx.Node) -> tuple[Size, ...]:
@@ -56,8 +57,7 @@ def as_int(size: Size, graph: fx.Graph) -> Int | None:
 
 def argument(node: fx.Node, name: str) -> Any:
     """An argument of an ATen call by its name in the schema, given or default."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for position, declared in enumerate(node.target._schema.arguments):
+    for position, declared in enumerate(_compat.arguments_of(node.target)):
         if declared.name == name:
             if position < len(node.args):
                 return node.args[position]
@@ -73,14 +73,10 @@ def same_value(a: object, b: object) -> bool:
         x, y = a.meta.get("val"), b.meta.get("val")
         if isinstance(x, torch.SymInt) and isinstance(y, torch.SymInt):
             return known(x == y)
-        pure = a.op == b.op == "call_function" and not a.is_impure() and not _random(a)
+        pure = a.op == b.op == "call_function" and not a.is_impure() and not _compat.is_random(a.target)
         return pure and a.target == b.target and same_value(a.args, b.args) and same_value(a.kwargs, b.kwargs)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(same_value(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same_value(a[k], b[k]) for k in a)
     return type(a) is type(b) and a == b
-
-
-def _random(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags

@@ -1,4 +1,7 @@
-"""Tiny random models: Hugging Face's with their static cache, and hand-written ones with buffers."""
+"""Tiny random models: Hugging Face's with their static cache, and hand-written ones with buffers.
+
+Weights are large enough for peaked attention: what a token attends to moves its logits by whole standard deviations.
+"""
 
 import torch
 import transformers
@@ -6,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 VOCAB = 97
+SLIDING_WINDOW = 24
 
 
 def hugging_face(name, **changes):
@@ -16,21 +20,31 @@ def hugging_face(name, **changes):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 16,
         "max_position_embeddings": 512,
+        "initializer_range": 0.2,
         "pad_token_id": 0,
         "eos_token_id": None,
         "bos_token_id": 1,
-    }
+    } | changes
     config = {
-        "llama": lambda: transformers.LlamaConfig(**sizes, **changes),
-        "qwen3": lambda: transformers.Qwen3Config(**sizes, head_dim=16, **changes),
-        "mistral": lambda: transformers.MistralConfig(**sizes, sliding_window=24, **changes),
+        "llama": lambda: transformers.LlamaConfig(**sizes),
+        "qwen3": lambda: transformers.Qwen3Config(**sizes),
+        "mistral": lambda: transformers.MistralConfig(**sizes, sliding_window=SLIDING_WINDOW),
         "gemma3": lambda: transformers.Gemma3TextConfig(
-            **sizes, head_dim=16, sliding_window=24, layer_types=["sliding_attention", "full_attention"], **changes
+            **sizes,
+            sliding_window=SLIDING_WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+            query_pre_attn_scalar=64,
         ),
     }[name]()
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def prompts(*shape, seed=0):
+    """Random tokens, none of them padding."""
+    return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
 class BufferAttention(nn.Module):
@@ -70,7 +84,7 @@ class BufferAttention(nn.Module):
 class BufferModel(nn.Module):
     """A decoder whose caches are buffers; `forward(ids, positions, start)` with `start` the first position."""
 
-    def __init__(self, form="put", slots=160, width=64, layers=2):
+    def __init__(self, form, slots=96, width=64, layers=2):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(VOCAB, width)
@@ -79,6 +93,9 @@ class BufferModel(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCAB, bias=False)
         self.register_buffer("mask", torch.tril(torch.ones(slots, slots, dtype=torch.bool)))
+        for layer in self.layers:
+            nn.init.normal_(layer.qkv.weight, std=0.2)
+            nn.init.normal_(layer.out.weight, std=0.2)
 
     def forward(self, ids, positions, start):
         x = self.embed(ids) + self.place(positions)
