@@ -2,6 +2,7 @@
 
 import enum
 import io
+import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -109,6 +110,7 @@ class TakenOver:
         bits: bits per stored element.
         dense_bytes: bytes of the storage that was released.
         state: the packed state, while it lives.
+        filled: it held tokens before, written by eager code; so its first fit saw no queries.
     """
 
     source: str
@@ -116,6 +118,7 @@ class TakenOver:
     bits: int
     dense_bytes: int
     state: weakref.ref[CacheState]
+    filled: bool = False
 
     @property
     def packed_bytes(self) -> int | None:
@@ -152,14 +155,13 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         table = Table(title="attention in the compiled graphs", title_justify="left")
-        for column in ("graph", "attention", "form", "cache", "write", "outcome"):
+        for column in ("attention", "form", "write: graphs", "outcome"):
             table.add_column(column, overflow="fold")
-        for graph in self.graphs:
-            rows = [(f.attention, f.form, f.keys, f.write, _joined(f.outcome, f.detail)) for f in graph.findings]
-            if not rows and graph.untouched is not None:
-                rows = [("", "", "", "", _joined(graph.untouched.value, graph.detail))]
-            for row in rows:
-                table.add_row(*map(Text, (graph.name, *row)))  # not markup: a shape in brackets would vanish
+        for (name, form, outcome), writes in self._rows().items():
+            graphs = "; ".join(
+                f"{write}: {', '.join(names)}" if write else ", ".join(names) for write, names in writes.items()
+            )
+            table.add_row(*map(Text, (name, form, graphs, outcome)))  # not markup: a shape in brackets would vanish
         lines = []
         dense, packed = self.bytes()
         if dense:
@@ -167,12 +169,28 @@ class Report:
                 f"{sum(c.packed_bytes is not None for c in self.caches)} cache tensors held packed: "
                 f"{dense / 2**20:.2f} MiB dense before, {packed / 2**20:.2f} MiB now ({packed / dense:.3f})"
             )
+        if blind := sum(c.filled and c.role == "key" and c.packed_bytes is not None for c in self.caches):
+            lines.append(
+                f"{blind} of the key caches were filled eagerly: fitted on keys alone, the queries were not seen"
+            )
         lines += [
             f"{g.name}: {g.dense_calls} of {g.calls} calls ran dense: {g.obstacle}"
             for g in self.graphs
             if g.dense_calls
         ]
         return Group(table, *map(Text, lines + self.notes))
+
+    def _rows(self) -> dict[tuple[str, str, str], dict[str, list[str]]]:
+        """One row for each attention: what it is and what became of it; for each write form, the graphs it is in."""
+        rows: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+        for graph in self.graphs:
+            for f in graph.findings:
+                row = (_readable(f.keys) or f.attention, f.form, _joined(f.outcome, f.detail))
+                rows.setdefault(row, {}).setdefault(f.write, []).append(graph.name)
+            if not graph.findings and graph.untouched is not None:
+                row = ("", "", _joined(graph.untouched.value, graph.detail))
+                rows.setdefault(row, {}).setdefault("", []).append(graph.name)
+        return rows
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -182,3 +200,8 @@ class Report:
 
 def _joined(outcome: str, detail: str) -> str:
     return f"{outcome}: {detail}" if detail else outcome
+
+
+def _readable(source: str) -> str:
+    """Dynamo's name of an input without the wrapping of locals: `past_key_values.layers[0].keys`."""
+    return re.sub(r"^L\['(?:kwargs'\]\[')?(\w+)'\]", r"\1", source)

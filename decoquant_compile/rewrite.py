@@ -159,6 +159,9 @@ class _Rewriter:
     def _note(self, site: Site) -> None:
         """Remember what takeover wants to know of the site's keys and values."""
         first: Int = site.read.first if site.read is not None else 0
+        if site.key.form == "roll":  # the mask is for the slots after the write, one further left
+            with self.graph.inserting_before(site.core.node):
+                first = self._add(first, 1)
         for write in (site.key, site.value):
             held = next((x for x in (write.positions, write.start, write.kept) if x is not None), None)
             self.wanted.append((held, site.core.mask if site.read is not None else None, first))

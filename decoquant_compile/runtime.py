@@ -181,11 +181,11 @@ class PackedGraph:
             Claim(tensor, binding.dims, binding.format) for tensor, binding in zip(tensors, bindings, strict=True)
         ]
         take_over(claims, lengths=lengths, masks=masks)
-        for tensor, binding in zip(tensors, bindings, strict=True):
+        for tensor, binding, length in zip(tensors, bindings, lengths, strict=True):
             assert isinstance(tensor, CacheTensor)
             assert tensor._state is not None
-            held = binding.format
-            taken = TakenOver(binding.source, held.role, held.bits, tensor.nbytes, weakref.ref(tensor._state))
+            held, state = binding.format, weakref.ref(tensor._state)
+            taken = TakenOver(binding.source, held.role, held.bits, tensor.nbytes, state, filled=length != 0)
             for report in OPEN:
                 report.caches.append(taken)
         log.info("graph %s: took over %d cache tensors", self.report.name, len(claims))

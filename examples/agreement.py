@@ -56,7 +56,7 @@ class Emulation:
 
     def attend(
         self,
-        module: torch.nn.Module,
+        _module: torch.nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -109,7 +109,9 @@ def hidden(model: PreTrainedModel, ids: Tensor, attention: str) -> Tensor:
     return torch.cat([model.model(window[None], use_cache=False).last_hidden_state for window in ids])
 
 
-def decode(model: PreTrainedModel, ids: Tensor, setting: Setting, *, compiled_prefill: bool, tick: Callable[[], None]) -> Tensor:
+def decode(
+    model: PreTrainedModel, ids: Tensor, setting: Setting, *, compiled_prefill: bool, tick: Callable[[], None]
+) -> Tensor:
     """Hidden states at the compared positions, decoded through the compiled model on its packed cache."""
     model.set_attn_implementation("sdpa")
     config = model.config
@@ -168,7 +170,9 @@ def main(
     model, tokenizer = gemma.load(torch.float32)
     setting = Setting(key_bits, value_bits, length, prompt, every)
     ids = windows(text.read_text() if text else gemma.text(), tokenizer, count, length)
-    table = Table(title=f"K{key_bits} V{value_bits}, {count} windows of {length} tokens, prompt {prompt}", title_justify="left")
+    table = Table(
+        title=f"K{key_bits} V{value_bits}, {count} windows of {length} tokens, prompt {prompt}", title_justify="left"
+    )
     for column in ("prefill", "KL, packed", "KL, emulated", "ratio", "top-1, packed", "top-1, emulated"):
         table.add_column(column)
     AttentionMaskInterface.register("emulation", eager_mask)

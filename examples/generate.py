@@ -65,7 +65,7 @@ class Clock(BaseStreamer):
 def generate(model: PreTrainedModel, prompt: torch.Tensor, tokens: int, progress: Progress, label: str) -> Run:
     """Generate greedily: `generate` prefills eagerly and decodes compiled; the backend is the caller's."""
     compile_config = CompileConfig(backend="inductor", mode=None, fullgraph=False)
-    compile_config._compile_all_devices = True  # `generate` compiles on accelerators only, unless told  # noqa: SLF001
+    compile_config._compile_all_devices = True  # `generate` compiles on accelerators only, unless told
     cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + tokens)
     clock = Clock(progress, label, tokens)
     out = model.generate(
@@ -83,7 +83,9 @@ def generate(model: PreTrainedModel, prompt: torch.Tensor, tokens: int, progress
 
 
 @torch.no_grad()
-def agreement(model: PreTrainedModel, ids: torch.Tensor, prompt: int, options: dict[str, Any], progress: Progress) -> torch.Tensor:
+def agreement(
+    model: PreTrainedModel, ids: torch.Tensor, prompt: int, options: dict[str, Any], progress: Progress
+) -> torch.Tensor:
     """KL divergence (nats) to the 16-bit model and top-1 agreement of the next token, at each teacher-forced position.
 
     Returns:
@@ -142,9 +144,15 @@ def plot(path: pathlib.Path, plain: Run, packed: Run, rows: torch.Tensor) -> Non
 
 @click.command(help=__doc__)
 @click.option("--bits", type=click.Choice(["16", "8", "5", "4", "3", "2"]), default="4", show_default=True)
-@click.option("--tokens", type=click.IntRange(min=WARM_UP + 4), default=64, show_default=True, help="Tokens to generate.")
-@click.option("--prompt-file", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path), help="Text to go on from.")
-@click.option("--plot", "picture", type=click.Path(dir_okay=False, path_type=pathlib.Path), help="Write a picture (.png).")
+@click.option(
+    "--tokens", type=click.IntRange(min=WARM_UP + 4), default=64, show_default=True, help="Tokens to generate."
+)
+@click.option(
+    "--prompt-file", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path), help="Text to go on from."
+)
+@click.option(
+    "--plot", "picture", type=click.Path(dir_okay=False, path_type=pathlib.Path), help="Write a picture (.png)."
+)
 def main(bits: str, tokens: int, prompt_file: pathlib.Path | None, picture: pathlib.Path | None) -> None:
     """Run both arms and show the tables."""
     console = Console()
@@ -154,7 +162,8 @@ def main(bits: str, tokens: int, prompt_file: pathlib.Path | None, picture: path
     ids = tokenizer(text[: 8 * (PROMPT + POSITIONS)], return_tensors="pt").input_ids[:, : PROMPT + POSITIONS]
     if ids.shape[1] < POSITIONS + 8:
         raise click.ClickException(
-            f"the prompt has {ids.shape[1]} tokens: at least {POSITIONS + 8} are needed, the last {POSITIONS} measure agreement"
+            f"the prompt has {ids.shape[1]} tokens: at least {POSITIONS + 8} are needed, "
+            f"of which the last {POSITIONS} measure agreement"
         )
     prompt = ids.shape[1] - POSITIONS
     options = {"bits": int(bits)}
@@ -168,7 +177,8 @@ def main(bits: str, tokens: int, prompt_file: pathlib.Path | None, picture: path
     same = int((plain.tokens == packed.tokens).long().cumprod(0).sum())
     console.print(
         f"{prompt} prompt tokens, {bits} bits; over {rows.shape[1]} teacher-forced positions: mean KL "
-        f"{rows[0].mean():.4f} nats, top-1 agreement {rows[1].mean():.3f}; greedy text equal for {same} of {tokens} tokens"
+        f"{rows[0].mean():.4f} nats, top-1 agreement {rows[1].mean():.3f}; "
+        f"greedy text equal for {same} of {tokens} tokens"
     )
     console.rule("text")
     console.print(tokenizer.decode(packed.tokens, skip_special_tokens=True), highlight=False, markup=False)

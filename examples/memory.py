@@ -1,7 +1,7 @@
 """Bytes that a packed cache gives back: live tensors and the process's resident set, one fresh process for each arm.
 
-The model is tiny but for its cache (layers x batch x length, head size 128, bfloat16), which is filled with random tokens
-as an eager prefill would fill it; then a few tokens are decoded, compiled.
+The model is tiny but for its cache (layers x batch x length, head size 128, bfloat16), which is filled with random
+tokens as an eager prefill would fill it; then a few tokens are decoded, compiled.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ def main(bits: str, layers: int, batch: int, length: int, only: int | None) -> N
     console = Console()
     console.print(table)
     dense, packed = rows.values()
-    saving = dense["after"] - packed["after"]
+    saving, freed = dense["after"] - packed["after"], dense["resident"] - packed["resident"]
     console.print(
         f"cache: {packed['after'] / dense['after']:.4f} of the dense one; the resident set is smaller by "
-        f"{dense['resident'] - packed['resident']:.1f} MiB, {(dense['resident'] - packed['resident']) / saving:.3f} of the saving"
+        f"{freed:.1f} MiB, {freed / saving:.3f} of the saving"
     )
 
 

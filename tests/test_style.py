@@ -28,5 +28,4 @@ def test_mypy(tmp_path):
     package.mkdir()
     for path in (*(ROOT / "decoquant_compile").iterdir(), ROOT / "patterns", ROOT / "kernels"):
         (package / path.name).symlink_to(path)
-    config = ("--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache")
-    run("mypy", *config, "--package", "decoquant_compile", cwd=tmp_path)
+    run("mypy", "--config-file", ROOT / "pyproject.toml", "--package", "decoquant_compile", cwd=tmp_path)

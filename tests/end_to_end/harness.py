@@ -49,12 +49,15 @@ def static_cache(model, batch=1, slots=96, *, early=True):
 def feed(forward, ids, chunks, cache, *, eager=None, mask=None):
     """Logits of all tokens, fed in chunks; the first chunk goes through `eager` if that is given.
 
-    `mask` is Hugging Face's attention mask over `ids`, 0 for padding.
+    `mask` is Hugging Face's attention mask over `ids`, 0 for padding; positions count from the first token that is none.
     """
     rows, at = [], 0
     for size in chunks:
         call = forward if at or eager is None else eager
-        extra = {} if mask is None else {"attention_mask": mask[:, : at + size]}
+        extra = {}
+        if mask is not None:
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)
+            extra = {"attention_mask": mask[:, : at + size], "position_ids": positions[:, at : at + size]}
         rows.append(call(input_ids=ids[:, at : at + size], past_key_values=cache, **extra).logits.float())
         at += size
     return torch.cat(rows, 1)

@@ -78,7 +78,7 @@ def test_left_overs_of_a_prompt_do_not_reach_the_next():
     with packing(bits=4, **SMALL):
         model = BufferModel("put")
         forward = torch.compile(model.forward)
-        forward(*arguments(100 * ids[:, :90] % 97, 0))
+        forward(*arguments(prompts(1, 90), 0))
         used = [forward(*arguments(tokens, at)) for at, tokens in ((0, ids[:, :50]), (50, ids[:, 50:]))]
         for cache in buffers(model):
             cache.zero_()

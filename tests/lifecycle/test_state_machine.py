@@ -2,16 +2,23 @@
 
 import copy
 import io
+import warnings
+from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
+from torch._inductor import config as inductor_config
+from torch.nn import functional as F
 
+from decoquant_compile import decoquant_backend
 from decoquant_compile.handle import CacheTensor
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.takeover import Claim, Obstructed, obstacle, restore, take_over
+from tests.end_to_end.harness import ATEN_KERNELS
 
 HEADS, SLOTS, CHANNELS = 2, 9, 8
 MAX_BATCH, MAX_VIEWS = 4, 6
@@ -30,11 +37,24 @@ VIEWS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()  # the machines' layouts would look like dynamic sizes of one
+
+
+def attend(keys, values, query, new, positions, mask, dims):
+    """One decoding step over caches in a layout, grouped queries."""
+    keys.index_copy_(dims[2], positions, new)
+    values.index_copy_(dims[2], positions, new)
+    return F.scaled_dot_product_attention(query, keys.permute(dims), values.permute(dims), mask, enable_gqa=True)
+
+
 class Lifecycle(RuleBasedStateMachine):
     """`cache` is under test, `model` the dense tensor with the same history; `views` are pairs of views of them."""
 
     bits: int
     dims: tuple[int, int, int, int]
+    step: Callable[..., Tensor]
 
     @initialize(batch=st.integers(1, 2), seed=SEEDS, used=st.integers(0, SLOTS))
     def start(self, batch, seed, used):
@@ -51,10 +71,10 @@ class Lifecycle(RuleBasedStateMachine):
     def _random(self, shape, seed):
         return torch.randn(list(shape), generator=torch.Generator().manual_seed(seed))
 
-    def _close(self, ours, theirs):
-        if self.bits == 16 or type(self.cache) is Tensor:
-            return torch.equal(ours, theirs)
-        return torch.allclose(ours, theirs, rtol=0, atol=0.03 * float(self.model.abs().max()) + 1e-6)
+    def _close(self, ours, theirs, rounding=0.0):
+        if self.bits != 16 and type(self.cache) is not Tensor:
+            rounding = 0.03 * float(self.model.abs().max()) + 1e-6
+        return torch.allclose(ours, theirs, rtol=0, atol=rounding) if rounding else torch.equal(ours, theirs)
 
     def _both(self, operation, *, inference=False):
         with torch.inference_mode(inference):
@@ -95,7 +115,23 @@ class Lifecycle(RuleBasedStateMachine):
         )
         assert type(self.cache) is Tensor
 
-    # A compiled step is a rule too: it takes the cache over, stores one token and returns the attention's output.
+    # A compiled step takes the cache over, stores one token and gives the attention's output.
+
+    @rule(slot=st.integers(0, SLOTS - 1), causal=st.booleans(), seed=SEEDS)
+    def compiled_step(self, slot, causal, seed):
+        batch = self._canonical(self.model).shape[0]
+        shape = list(self.model.shape)
+        shape[self.dims[2]] = 1
+        keys, new = self._random(self.model.shape, seed), self._random(shape, seed + 1)
+        query = self._random((batch, 2 * HEADS, 1, CHANNELS), seed + 2)
+        mask = (torch.arange(SLOTS) <= (slot if causal else SLOTS)).view(1, 1, 1, SLOTS)
+        arguments = (query, new, torch.tensor([slot]), mask, self.dims)
+        packs = type(self.cache) is CacheTensor or obstacle(self.cache, self.dims) is None
+        with torch.no_grad(), inductor_config.patch(ATEN_KERNELS), warnings.catch_warnings():
+            warnings.simplefilter("ignore" if self.views else "error")  # a view of a dense cache keeps it dense
+            ours = self.step(keys.clone(), self.cache, *arguments)
+        assert (type(self.cache) is CacheTensor) is packs
+        assert self._close(ours, attend(keys, self.model, *arguments), rounding=2e-6)
 
     # Writes
 
@@ -205,7 +241,9 @@ class Lifecycle(RuleBasedStateMachine):
 
 
 def machine(bits, dims, examples):
-    case = type("Machine", (Lifecycle,), {"bits": bits, "dims": dims}).TestCase
+    options = {"key_bits": 16, "value_bits": bits, "sinks": 1, "window": 2}
+    step = torch.compile(attend, backend=decoquant_backend, options=options, recompile_limit=64)
+    case = type("Machine", (Lifecycle,), {"bits": bits, "dims": dims, "step": staticmethod(step)}).TestCase
     case.settings = settings(max_examples=examples, stateful_step_count=25, deadline=None)
     return case
 
