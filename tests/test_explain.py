@@ -285,5 +285,5 @@ def test_an_error_of_the_model_is_the_callers():
     def wrong(q, k):
         return F.scaled_dot_product_attention(q, k, k[..., :3]) @ q
 
-    with pytest.raises(Exception, match="size|shape"):
+    with pytest.raises(Exception, match=r"size|shape"):
         explain(wrong, queries(), new())

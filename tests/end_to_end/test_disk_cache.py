@@ -18,7 +18,7 @@ def function(qkv, keys, values, positions, mask):
     q, k, v = qkv.split((2 * HEADS, HEADS, HEADS), 1)
     keys.index_copy_(2, positions, k)
     values.index_copy_(2, positions, v)
-    return F.scaled_dot_product_attention(q.sin(), keys, values, mask, enable_gqa=True).cos()
+    return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
 
 
 def run(bits):

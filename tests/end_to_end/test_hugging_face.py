@@ -28,6 +28,9 @@ FORMS = {
 NOISE = 2e-5
 """Standard deviations of the logits; float32 gives 3e-6."""
 
+LOSS = {8: 0.02, 5: 0.15, 4: 0.3, 3: 0.5, 2: 1.0}
+"""Standard deviations of the logits, root mean square, for random weights; llama loses most, 0.6 to 0.8 of this."""
+
 # Over the edge of the sliding window (24) by one token and by several, and from behind it.
 CHUNKS = [
     # (is the first chunk compiled, chunks)
@@ -37,8 +40,12 @@ CHUNKS = [
     (False, [40, 1, 5]),
 ]
 
-NORMAL = {("llama", False), ("qwen3", True), ("mistral", None), ("gemma3", True)}
+NORMAL = {("llama", False), ("qwen3", True), ("mistral", True), ("gemma3", None)}
 """The slow sweep has all pairs."""
+
+
+def rms(x):
+    return float(x.square().mean().sqrt())
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -73,10 +80,6 @@ def test_at_16_bits_logits_are_those_of_the_dense_model(name, dynamic):
     assert write_forms(session) == FORMS[name]
 
 
-def rms(x):
-    return float(x.square().mean().sqrt())
-
-
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -87,7 +90,7 @@ def rms(x):
     ],
 )
 def test_at_16_bits_low_precision_errs_no_more_than_the_dense_model(name, dtype):
-    model, ids, chunks = hugging_face(name).to(dtype), prompts(1, 60), [40, *[1] * 12, 7]
+    model, ids, chunks = hugging_face(name).to(dtype), prompts(1, 60), [40, *[1] * 12]
     exact = copy.deepcopy(model).float()
     truth = feed(exact, ids, chunks, static_cache(exact))[:, chunks[0] :]
     dense = feed(model, ids, chunks, static_cache(model))[:, chunks[0] :]
@@ -130,16 +133,15 @@ def test_logits_are_those_of_the_dense_model_over_the_cache_that_the_handles_sho
     """Whatever the codec loses, the graphs read exactly what it kept."""
     model, ids = hugging_face(name), prompts(1, 96)
     with packing(bits=bits, **SMALL) as session:
-        forward, cache, at = torch.compile(model.forward), static_cache(model), 0
+        forward, cache, at, logits = torch.compile(model.forward), static_cache(model), 0, []
         for size in (14, 1, 7, 1, 1, 1, 1, 20, 1, 1, 9, 1):
             chunk, before = ids[:, at : at + size], copy.deepcopy(cache)
             got = forward(input_ids=chunk, past_key_values=cache).logits
             expected = model(input_ids=chunk, past_key_values=unwound(cache, before, size)).logits
             assert distance(got, expected) < NOISE, at
+            logits.append(got)
             at += size
         assert_packed(tensors(cache))
-        exact = feed(model, ids[:, :at], [at], static_cache(model))[:, -size:]
-        assert distance(got, exact) > 10 * NOISE  # something was quantised at all
+    exact = feed(model, ids, [at], static_cache(model))
+    assert 5e-4 < rms(torch.cat(logits, 1) - exact) / exact.std() < LOSS[bits]
     assert "index_copy" in write_forms(session)
-
-

@@ -91,8 +91,8 @@ class Lifecycle(RuleBasedStateMachine):
     @precondition(lambda self: type(self.cache) is Tensor)
     @rule()
     def pack(self):
-        role = "key" if self.bits == 16 else "value"  # values: an error bound that needs no statistics
-        claim = Claim(self.cache, self.dims, Format(role, self.bits, CHANNELS, torch.float32, 1, 2))
+        # A value, as in the compiled step; and its error bound needs no statistics.
+        claim = Claim(self.cache, self.dims, Format("value", self.bits, CHANNELS, torch.float32, 1, 2))
         try:
             take_over([claim], lengths=[None], masks=[None])
         except Obstructed:
