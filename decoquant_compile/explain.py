@@ -64,7 +64,7 @@ def _check_variables(function: object) -> None:
     """Refuse a function that reaches a model or cache through a closure or a global: it would change for real."""
     if not inspect.isfunction(function):
         return
-    variables = inspect.getclosurevars(function)
+    variables = inspect.getclosurevars(inspect.unwrap(function))
     for name, value in {**variables.globals, **variables.nonlocals}.items():
         if not isinstance(value, Tensor) and holds_tensors(value):
             raise ValueError(

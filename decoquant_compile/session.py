@@ -19,7 +19,7 @@ from decoquant_compile.runtime import OPEN
 
 @dataclass(frozen=True)
 class _Backend:
-    """The backend under fixed options: Dynamo compares backends by identity, so equal options share one object."""
+    """The backend under fixed options; equal options share one object, so that Dynamo finds its graphs again."""
 
     options: Options
     mode: str | None
@@ -106,7 +106,7 @@ def _warn_if_idle(report: Report) -> None:
         warnings.warn(
             "decoquant_compile: nothing was compiled inside enable(), so no cache was packed. Compile the model "
             "(model.forward = torch.compile(model.forward)); on CPU, generate(cache_implementation='static') does not "
-            "compile by itself.",
+            "compile by itself. If it was compiled before, nothing in it was rewritten: explain(model, ...) says why.",
             stacklevel=4,
         )
     elif not report.rewritten:

@@ -261,6 +261,8 @@ def test_what_a_function_closes_over_would_not_be_copied():
     ids = IDS[:, :4]
     with pytest.raises(ValueError, match=r"uses 'model', a BufferModel.*pass it as an argument"):
         explain(lambda ids: model(ids, table, 0), ids)
+    with pytest.raises(ValueError, match="uses 'model'"):
+        explain(torch.no_grad()(lambda ids: model(ids, table, 0)), ids)
     with pytest.raises(ValueError, match="uses 'cache', a dict"):
         explain(lambda ids: cache["keys"].add_(1) + ids, ids)
     assert not model.layers[0].k_cache.any()

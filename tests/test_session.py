@@ -220,6 +220,18 @@ def test_nothing_rewritten_is_said_once_with_the_reasons():
     assert told[0].filename == __file__
 
 
+def test_graphs_compiled_before_in_which_nothing_was_rewritten():
+    def computed(q, k, v):
+        return F.scaled_dot_product_attention(q, k.exp(), v.sin(), enable_gqa=True) + 1
+
+    arguments = queries(), new(), new()
+    with pytest.warns(UserWarning, match="no attention was rewritten.*NO_CACHE"), enable():
+        run(computed, arguments)
+    with pytest.warns(UserWarning, match="If it was compiled before.*explain") as told, enable():
+        run(computed, arguments)
+    assert len(told) == 1
+
+
 def test_an_exception_is_not_covered_by_a_warning():
     with pytest.raises(KeyError), enable():
         raise KeyError
