@@ -74,7 +74,7 @@ def obstacle(tensor: Tensor, dims: Dims) -> str | None:
     if not tensor.is_contiguous() or tensor.storage_offset() != 0 or storage.nbytes() != tensor.nbytes:
         return "is not contiguous or does not cover its storage exactly"
     if not storage.resizable() or storage.is_shared():
-        return "has memory that belongs to somebody else (a NumPy array, a file, another process)"
+        return "has memory that belongs to somebody else (a NumPy array, a loaded file, a process); its clone() has not"
     if not _storage.is_sole_owner(tensor):
         return "shares its memory with another tensor (a view, a stacked buffer, an export, an autograd graph)"
     return None
