@@ -179,9 +179,11 @@ class _Rewriter:
             first: Int = site.read.first if site.read is not None else 0
             mask = self._mask(site, length)
             stored, shift = self._placing(site.key, tokens, key_slots, key)
+            column = self._column(site, self._sub(key_slots, tokens), shift)
+            real = None if column is None else mask
 
             def store(state: fx.Node, new: fx.Node, query: fx.Node | None, slots: Int, format_: Format) -> None:
-                arguments = (state, new, stored, query, mask, slots, shift, first, format_.key())
+                arguments = (state, new, stored, query, real, slots, shift, column or 0, format_.key())
                 self.graph.call_function(ops.store, arguments)
 
             def attend(positions: fx.Node) -> None:
@@ -222,6 +224,20 @@ class _Rewriter:
             return self._arange(write.start, self._add(write.start, tokens), like), 0
         assert write.kept is not None
         return self._arange(self._sub(slots, tokens), slots, like), self._sub(self._add(write.kept, tokens), slots)
+
+    def _column(self, site: Site, tail: Int, shift: Int) -> Int | None:
+        """Slot, after the write, of the mask's first column; None where it is not known before the graph runs.
+
+        Args:
+            site: the site.
+            tail: slot of the first new token where the new tokens are the last of the cache.
+            shift: how far the write moves the cache to the left.
+        """
+        if site.read is not None:
+            return site.read.first if site.read.after_write else self._sub(site.read.first, shift)
+        if site.key.kept is not None:
+            return tail
+        return site.key.start
 
     def _mask(self, site: Site, length: Int) -> fx.Node | None:
         """The mask as a tensor: `is_causal` admits column j to row i where j <= i, whatever the lengths."""
