@@ -406,3 +406,27 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
     torch_logging.trace_structured(
         "artifact", metadata_fn=lambda: {"name": f"decoquant_{name}", "encoding": "string"}, payload_fn=payload
     )
+
+
+# Kernels
+
+
+def flash_attention_cpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Torch's flash attention on CPUs with the logarithms of its sums, which `scaled_dot_product_attention` drops.
+
+    Args:
+        query: ``[batch, query_heads, queries, head_dim]``.
+        key: ``[batch, heads, tokens, head_dim]``, same dtype.
+        value: as `key`.
+        mask: additive, same dtype, broadcastable to ``[batch, query_heads, queries, tokens]``.
+        scale: of the logits.
+
+    Returns:
+        The result, shape and dtype of `query`, and float32 ``[batch, query_heads, queries]``; rows that nothing is
+        admitted to are zeros with an arbitrary sum.
+    """
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, sums = attention(query, key, value, attn_mask=mask, scale=scale)
+    return out, sums

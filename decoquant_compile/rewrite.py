@@ -187,7 +187,7 @@ class _Rewriter:
                 self.graph.call_function(ops.store, arguments)
 
             def attend(positions: fx.Node) -> None:
-                arguments = (core.query, key_state, value_state, key, value, positions, mask, core.scale)
+                arguments = (core.query, key_state, value_state, key, value, positions, mask, core.scale, None)
                 sizes = (key_slots, first, length, key_format.key(), value_format.key())
                 self.replaced.append((core.node, self.graph.call_function(ops.attend, (*arguments, *sizes))))
 

@@ -95,7 +95,7 @@ class Emulation:
             first = s.sinks if begin == s.sinks else end
             last = min(s.length, s.sinks + 2 * (end - s.sinks))
             codes, gain = codec.encode(x[:, :, first:last], parameters, role=role, bits=bits)
-            entry = codec.lookup(codec.pack(codes, bits), bits, x.shape[-1])
+            entry = codec.lookup(codes, bits)
             out[:, :, first:last] = codec.decode(entry, gain, parameters)
             if last == s.length:
                 break

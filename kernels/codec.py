@@ -1,4 +1,4 @@
-"""Codec mathematics on plain tensors: codebooks, rotation, fit, encode, decode, bit packing.
+"""Codec mathematics on plain tensors: codebooks, rotation, fit, encode, decode.
 
 DecoQuant writes a cache matrix as a product of a large, quantised tensor and a small one in high precision (a matrix
 product operator with two sites, arXiv 2405.12591). Here the large tensor holds codes times one gain per token and the
@@ -69,11 +69,6 @@ def planes(bits: int) -> tuple[int, ...]:
     return _PLANES[bits]
 
 
-def plane_bytes(bits: int, head_dim: int) -> tuple[int, ...]:
-    """Bytes per token of each plane; channels are padded to whole bytes."""
-    return tuple(-(-head_dim * width // 8) for width in planes(bits))
-
-
 def _table(make: Callable[[int, torch.device], Tensor]) -> Callable[[int, torch.device], Tensor]:
     """Keeps a constant tensor per size and device, but never a fake one made while something is being traced."""
     kept: dict[tuple[int, torch.device], Tensor] = {}
@@ -97,76 +92,29 @@ def _codebook(bits: int, device: torch.device) -> Tensor:
 
 
 @_table
-def _thresholds(bits: int, device: torch.device) -> Tensor:
+def thresholds(bits: int, device: torch.device) -> Tensor:
+    """Where the nearest codebook entry changes, in units of the radius: float32 ``[2 ** bits - 1]``, ascending."""
     book = _codebook(bits, device)
     return (book[1:] + book[:-1]) / 2
 
 
-@_table
-def _byte_table(bits: int, device: torch.device) -> Tensor:
-    """Codebook entries of the ``8 // bits`` codes in each byte, float32 ``[256, 8 // bits]``."""
-    byte = torch.arange(256, device=device)[:, None]
-    shifts = torch.arange(0, 8, bits, device=device)
-    return _codebook(bits, device)[(byte >> shifts) & (2**bits - 1)]
-
-
-def pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
-    """Packs codes into bit planes.
-
-    Args:
-        codes: uint8 ``[..., head_dim]``, each below ``2 ** bits``.
-        bits: width of a code.
-
-    Returns:
-        One uint8 ``[..., ceil(head_dim * width / 8)]`` per plane; the first channel stands in a byte's low bits.
-    """
-    packed = []
-    offset = 0
-    for width in planes(bits):
-        plane = (codes >> offset) & (2**width - 1)
-        per_byte = 8 // width
-        plane = F.pad(plane, (0, -plane.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
-        byte = plane[..., 0]
-        for lane in range(1, per_byte):
-            byte = byte | (plane[..., lane] << (lane * width))
-        packed.append(byte.contiguous())
-        offset += width
-    return tuple(packed)
-
-
-def unpack(packed: tuple[Tensor, ...], bits: int, head_dim: int) -> Tensor:
-    """Inverse of `pack`: uint8 codes ``[..., head_dim]``."""
-    codes: Tensor | None = None
-    offset = 0
-    for plane, width in zip(packed, planes(bits), strict=True):
-        lanes = [(plane >> shift) & (2**width - 1) for shift in range(0, 8, width)]
-        part = torch.stack(lanes, -1).flatten(-2)[..., :head_dim] << offset
-        codes = part if codes is None else codes | part
-        offset += width
-    assert codes is not None
-    return codes
-
-
-def lookup(packed: tuple[Tensor, ...], bits: int, head_dim: int) -> Tensor:
-    """Codebook entries of packed codes, float32 ``[..., head_dim]``."""
-    device = packed[0].device
-    if len(packed) == 1:
-        return F.embedding(packed[0].int(), _byte_table(bits, device)).flatten(-2)[..., :head_dim]
-    return _codebook(bits, device)[unpack(packed, bits, head_dim).int()]
+def lookup(codes: Tensor, bits: int) -> Tensor:
+    """Codebook entries of uint8 codes, float32 of the same shape."""
+    return F.embedding(codes.int(), _codebook(bits, codes.device)[:, None]).squeeze(-1)
 
 
 @_table
-def _signs(head_dim: int, device: torch.device) -> Tensor:
+def signs(head_dim: int, device: torch.device) -> Tensor:
     """Fixed pseudo-random signs; the generator is spelled out because stored caches depend on it."""
-    state, signs = 1, []
+    state, values = 1, []
     for _ in range(head_dim):
         state = (1664525 * state + 1013904223) % 2**32  # Numerical Recipes' linear congruential generator
-        signs.append(1.0 if state >> 31 else -1.0)
-    return torch.tensor(signs, dtype=torch.float32, device=device)
+        values.append(1.0 if state >> 31 else -1.0)
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 @_table
-def _cosines(order: int, device: torch.device) -> Tensor:
+def cosines(order: int, device: torch.device) -> Tensor:
     """Orthonormal DCT-II as a matrix ``[sample, frequency]``."""
     sample, frequency = torch.meshgrid(torch.arange(order), torch.arange(order), indexing="ij")
     matrix = torch.cos(math.pi * (2 * sample.double() + 1) * frequency / (2 * order)) * math.sqrt(2 / order)
@@ -199,9 +147,9 @@ def rotate(x: Tensor) -> Tensor:
     """
     head_dim = x.shape[-1]
     order = head_dim & -head_dim
-    y = _hadamard((x * _signs(head_dim, x.device)).unflatten(-1, (order, -1)), order)
+    y = _hadamard((x * signs(head_dim, x.device)).unflatten(-1, (order, -1)), order)
     if order < head_dim:
-        y = y @ _cosines(head_dim // order, x.device)
+        y = y @ cosines(head_dim // order, x.device)
     return y.flatten(-2)
 
 
@@ -211,8 +159,8 @@ def unrotate(y: Tensor) -> Tensor:
     order = head_dim & -head_dim
     x = y.unflatten(-1, (order, -1))
     if order < head_dim:
-        x = x @ _cosines(head_dim // order, y.device).T
-    return _hadamard(x, order).flatten(-2) * _signs(head_dim, y.device)
+        x = x @ cosines(head_dim // order, y.device).T
+    return _hadamard(x, order).flatten(-2) * signs(head_dim, y.device)
 
 
 class Parameters(NamedTuple):
@@ -287,8 +235,8 @@ def encode(x: Tensor, parameters: Parameters, *, role: Role, bits: int) -> tuple
         codes = (y * (steps(8) / radius)[..., None]).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
     else:
         radius = (power / x.shape[-1]).sqrt().clamp_min(tiny)
-        codes = torch.bucketize(y / radius[..., None], _thresholds(bits, x.device), out_int32=True).to(torch.uint8)
-    entry = _codebook(bits, x.device)[codes.int()]
+        codes = torch.bucketize(y / radius[..., None], thresholds(bits, x.device), out_int32=True).to(torch.uint8)
+    entry = lookup(codes, bits)
     if role == "key":
         inner = (y * entry).sum(-1)
         gain = torch.where(inner > 0, power / inner.clamp_min(tiny), 0.0)

@@ -8,10 +8,10 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from decoquant_compile.kernels import codec
+from decoquant_compile.kernels import codec, tiles
 from decoquant_compile.kernels.codec import Role
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the stored format; part of every key, so that nothing compiled for one version reads another."""
 
 ALIGNMENT: Final = 64
@@ -50,7 +50,7 @@ class Sections(NamedTuple):
     raw: Tensor
     """Cache dtype ``[batch, heads, slots, head_dim]``."""
     planes: tuple[Tensor, ...]
-    """uint8 ``[batch, heads, slots, bytes]`` each: packed codes."""
+    """uint8 ``[batch, heads, ...]`` each: packed codes in the tiles of `decoquant_compile.kernels.tiles`."""
     gains: Tensor
     """float16 ``[batch, heads, slots]``; negative: never written, or exactly zero."""
     epochs: Tensor
@@ -84,6 +84,8 @@ class Layout:
     """Offset, dtype and shape of each section, the planes of `Sections.planes` one by one."""
     planes: int
     """Number of planes."""
+    slots: int
+    """Slots of the cache; the slot axes of the sections behind the planes are padded to whole tiles."""
 
     def views(self, buffer: Tensor) -> Sections:
         """Typed views of `buffer`, a contiguous uint8 ``[nbytes]``."""
@@ -96,7 +98,9 @@ class Layout:
             buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
             for offset, dtype, shape in self.spans
         )
-        return Sections(header, rows, raw, tuple(rest[: self.planes]), *rest[self.planes :])
+        planes, (gains, epochs, *others) = rest[: self.planes], rest[self.planes :]
+        gains, epochs = gains[..., : self.slots], epochs[..., : self.slots]
+        return Sections(header, rows, raw, tuple(planes), gains, epochs, *others)
 
     def clear(self, buffer: Tensor) -> None:
         """Makes `buffer` a fresh cache: every slot never written."""
@@ -148,7 +152,7 @@ class Format:
             object.__setattr__(self, "window", 0)
 
     def key(self) -> str:
-        """Compact form for operator arguments, such as ``"v1:key:4:128:bfloat16:4:64"``."""
+        """Compact form for operator arguments, such as ``"v2:key:4:128:bfloat16:4:64"``."""
         return f"v{VERSION}:{self.role}:{self.bits}:{self.head_dim}:{_NAMES[self.dtype]}:{self.sinks}:{self.window}"
 
     @staticmethod
@@ -189,18 +193,18 @@ def _layout(form: Format, batch: int, heads: int, slots: int) -> Layout:
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
     coded = form.bits != 16
-    kept = slots if coded else 0
+    kept = tiles.capacity(slots) if coded else 0
     # Refits come at doubling counts, so this many sets serve a full cache, and two more an earlier sequence in it.
     sets = max(0, math.ceil(math.log2(slots / max(1, form.sinks + form.window)))) + 3 if coded else 0
     sinks, window = min(form.sinks, slots), min(form.window, slots)
     channels = (batch, heads, form.head_dim)
     key = form.role == "key"
-    packed = codec.plane_bytes(form.bits, form.head_dim) if coded else ()
+    packed = tiles.shapes(form.role, form.bits, form.head_dim, slots) if coded else ()
     shapes: list[tuple[torch.dtype, tuple[int, ...]]] = [
         (torch.int64, (2,)),
         (torch.int64, (batch, 5)),
-        (form.dtype, (batch, heads, slots - kept, form.head_dim)),
-        *((torch.uint8, (batch, heads, kept, width)) for width in packed),
+        (form.dtype, (batch, heads, 0 if coded else slots, form.head_dim)),
+        *((torch.uint8, (batch, heads, *shape)) for shape in packed),
         (torch.float16, (batch, heads, kept)),
         (torch.uint8, (batch, kept)),
         (torch.bfloat16, (batch, sets if key else 0, heads, form.head_dim)),
@@ -218,4 +222,4 @@ def _layout(form: Format, batch: int, heads: int, slots: int) -> Layout:
     for dtype, shape in shapes:
         spans.append((offset, dtype, shape))
         offset += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    return Layout(offset, tuple(spans), len(packed))
+    return Layout(offset, tuple(spans), len(packed), slots)

@@ -16,15 +16,15 @@ from decoquant_compile.kernels.format import Format
 _LIBRARY: Final = torch.library.Library("decoquant", "DEF")
 
 _STORE: Final = (
-    "store_v1(Tensor(a!) state, Tensor new, Tensor positions, Tensor? query, Tensor? mask, SymInt slots, SymInt shift,"
-    " SymInt first, str format) -> ()"
+    "store_v2(Tensor(a!) state, Tensor new, Tensor positions, Tensor? query, Tensor? mask, SymInt slots, SymInt shift,"
+    " SymInt first, str format, Tensor? rows=None) -> ()"
 )
 _ATTEND: Final = (
-    "attend_v1(Tensor query, Tensor key_state, Tensor value_state, Tensor key, Tensor value, Tensor positions,"
-    " Tensor? mask, float? scale, SymInt slots, SymInt first, SymInt length, str key_format, str value_format)"
+    "attend_v2(Tensor query, Tensor key_state, Tensor value_state, Tensor key, Tensor value, Tensor positions,"
+    " Tensor? mask, float? scale, float? softcap, SymInt slots, SymInt first, SymInt length, str key_format, str value_format)"
     " -> Tensor"
 )
-_DEQUANTISE: Final = "dequantise_v1(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format) -> Tensor"
+_DEQUANTISE: Final = "dequantise_v2(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format) -> Tensor"
 
 
 def _store(
@@ -37,8 +37,9 @@ def _store(
     shift: int,
     first: int,
     format: str,  # noqa: A002
+    rows: Tensor | None = None,
 ) -> None:
-    reference.store(state, new, positions, query, mask, slots, shift, first, Format.parse(format))
+    reference.store(state, new, positions, query, mask, slots, shift, first, Format.parse(format), rows)
 
 
 def _attend(
@@ -50,6 +51,7 @@ def _attend(
     positions: Tensor,
     mask: Tensor | None,
     scale: float | None,
+    softcap: float | None,
     slots: int,
     first: int,
     length: int,
@@ -57,7 +59,7 @@ def _attend(
     value_format: str,
 ) -> Tensor:
     return reference.attend(
-        query, key_state, value_state, key, value, positions, mask, scale, slots, first, length,
+        query, key_state, value_state, key, value, positions, mask, scale, softcap, slots, first, length,
         Format.parse(key_format), Format.parse(value_format),
     )  # fmt: skip
 
@@ -66,7 +68,7 @@ def _dequantise(state: Tensor, batch: int, heads: int, slots: int, format: str) 
     return reference.dequantise(state, batch, heads, slots, Format.parse(format))
 
 
-def _store_fake(*_args: object) -> None:
+def _store_fake(*_args: object, **_kwargs: object) -> None:
     """A write has no result."""
 
 
@@ -92,9 +94,9 @@ _register(_STORE, _store, _store_fake)
 _register(_ATTEND, _attend, _attend_fake)
 _register(_DEQUANTISE, _dequantise, _dequantise_fake)
 
-store: Final = torch.ops.decoquant.store_v1.default
+store: Final = torch.ops.decoquant.store_v2.default
 """`reference.store` with the format as a key."""
-attend: Final = torch.ops.decoquant.attend_v1.default
+attend: Final = torch.ops.decoquant.attend_v2.default
 """`reference.attend` with the formats as keys."""
-dequantise: Final = torch.ops.decoquant.dequantise_v1.default
+dequantise: Final = torch.ops.decoquant.dequantise_v2.default
 """`reference.dequantise` with the format as a key."""

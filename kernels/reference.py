@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decoquant_compile.kernels import codec
+from decoquant_compile.kernels import codec, tiles
 from decoquant_compile.kernels.codec import Parameters
 from decoquant_compile.kernels.format import (
     END,
@@ -248,8 +248,9 @@ def _put(sections: Sections, form: Format, values: Tensor, index: Tensor, keep: 
         gains = torch.zeros_like(x[..., 0], dtype=torch.float16)
         if codes_wanted.any():
             codes, gains = codec.encode(x.float(), parameters, role=form.role, bits=form.bits)
-            for plane, packed in zip(sections.planes, codec.pack(codes, form.bits), strict=True):
-                plane[row, :, slot] = packed[row, :, token]
+            chosen = codes_wanted.nonzero().flatten()
+            at = row[chosen], slice(None), token[chosen]
+            tiles.write(sections.planes, codes[at], row[chosen], slot[chosen], role=form.role, bits=form.bits)
             gains = torch.where(encoded[:, None, block], gains, 0)
         gains = torch.where((x != 0).any(-1), gains, -1)
         sections.gains[row, :, slot] = gains[row, :, token]
@@ -320,7 +321,7 @@ def _first_fits(sections: Sections, tokens: _Tokens, copies: _Copies, origin: in
     return rows, pending & rows[:, None]
 
 
-def _check_write(
+def check_write(
     new: Tensor, positions: Tensor, query: Tensor | None, mask: Tensor | None, rows: Tensor | None, form: Format
 ) -> None:
     if new.dim() != 4 or new.shape[3] != form.head_dim:
@@ -374,7 +375,7 @@ def store(
         IndexError: a position of at least `slots`.
         ValueError: a tensor of the wrong shape or dtype, or a negative shift.
     """
-    _check_write(new, positions, query, mask, rows, form)
+    check_write(new, positions, query, mask, rows, form)
     batch, heads, count, _ = new.shape
     sections = form.layout(batch, heads, slots).views(state)
     highest = int(positions.max()) if count else UNSET
@@ -527,8 +528,9 @@ class _History:
 
     def entries(self, ring: slice) -> Tensor:
         """Codebook entries, float32 ``[batch, heads, n, head_dim]``."""
-        packed = tuple(plane[:, :, ring] for plane in self.sections.planes)
-        return codec.lookup(packed, self.form.bits, self.form.head_dim)
+        form = self.form
+        codes = tiles.read(self.sections.planes, ring, role=form.role, bits=form.bits, head_dim=form.head_dim)
+        return codec.lookup(codes, form.bits)
 
     def epochs(self, ring: slice) -> Iterator[tuple[int, slice, Tensor]]:
         """Parameter sets in a run: number, the part of the run they occur in, and where, bool ``[batch, 1, 1, n]``."""
@@ -639,7 +641,7 @@ def _softmax(logits: Tensor, mask: Tensor | None, groups: int, queries: int) -> 
     return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _check_attend(
+def check_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -680,6 +682,7 @@ def attend(
     positions: Tensor,
     mask: Tensor | None,
     scale: float | None,
+    softcap: float | None,
     slots: int,
     first: int,
     length: int,
@@ -703,6 +706,7 @@ def attend(
         mask: bool (True admits) or additive ``[batch | 1, query_heads | 1, queries | 1, length]``; a query that
             nothing is admitted to gets zeros.
         scale: of the logits; None means ``head_dim ** -0.5``.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` before the mask; None leaves them.
         slots: size of both caches.
         first: slot of axis 0, may be negative.
         length: length of the axis.
@@ -715,7 +719,7 @@ def attend(
     Raises:
         ValueError: a tensor of the wrong shape, or formats of the wrong role.
     """
-    _check_attend(query, key, value, positions, mask, length, key_form, value_form)
+    check_attend(query, key, value, positions, mask, length, key_form, value_form)
     batch, heads = key.shape[:2]
     query_heads, queries = query.shape[1:3]
     groups = query_heads // heads
@@ -736,6 +740,8 @@ def attend(
         block = slice(begin, min(queries, begin + size))
         part = q[:, :, :, block].flatten(2, 3)
         logits = _override(keys.logits(part), place, part @ exact_keys.mT)[..., :length]
+        if softcap is not None:
+            logits = softcap * (logits / softcap).tanh()
         rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, block]
         weights = F.pad(_softmax(logits, rows, groups, block.stop - block.start), (0, 1))
         mixed = _take(weights, place) @ exact_values

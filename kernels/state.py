@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from decoquant_compile.kernels import reference
+from decoquant_compile.kernels import ops
 from decoquant_compile.kernels.format import Format
 
 
@@ -59,11 +59,12 @@ class CacheState:
             raise ValueError(
                 f"new must be [{self.batch}, {self.heads}, tokens, {self.format.head_dim}], got {tuple(new.shape)}"
             )
-        reference.store(self.buffer, new, positions, query, mask, self.slots, shift, first, self.format, rows)
+        key = self.format.key()
+        ops.store(self.buffer, new, positions, query, mask, self.slots, shift, first, key, rows)
 
     def read(self) -> Tensor:
         """The dense cache as attention sees it, ``[batch, heads, slots, head_dim]`` in ``format.dtype``."""
-        return reference.dequantise(self.buffer, self.batch, self.heads, self.slots, self.format)
+        return ops.dequantise(self.buffer, self.batch, self.heads, self.slots, self.format.key())
 
     def reset(self) -> None:
         """Forgets every token."""

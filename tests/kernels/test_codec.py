@@ -28,7 +28,7 @@ def fitted(x, role, bits, weight=None):
 
 def round_trip(x, parameters, role, bits):
     codes, gain = codec.encode(x, parameters, role=role, bits=bits)
-    entry = codec.lookup(codec.pack(codes, bits), bits, x.shape[-1])
+    entry = codec.lookup(codes, bits)
     return codec.decode(entry, gain, parameters)
 
 
@@ -53,19 +53,11 @@ def test_entries_are_ascending_int8(bits):
     assert max(book) <= 127
 
 
-@given(st.lists(st.integers(0, 3), max_size=3), HEAD_DIMS, BITS, st.integers(0, 2**31))
-@settings(deadline=None)
-def test_pack_round_trip(leading, head_dim, bits, seed):
-    codes = torch.randint(0, 2**bits, (*leading, head_dim), generator=torch.manual_seed(seed)).to(torch.uint8)
-    packed = codec.pack(codes, bits)
-    assert tuple(plane.shape[-1] for plane in packed) == codec.plane_bytes(bits, head_dim)
-    assert torch.equal(codec.unpack(packed, bits, head_dim), codes)
-    book = torch.tensor(codec.entries(bits)) / codec.steps(bits)
-    torch.testing.assert_close(codec.lookup(packed, bits, head_dim), book[codes.long()])
-
-
-def test_packed_size():
-    assert [sum(codec.plane_bytes(bits, 128)) * 8 / 128 for bits in (8, 5, 4, 3, 2)] == [8, 5, 4, 3, 2]
+@pytest.mark.parametrize("bits", codec.CODED_BITS)
+def test_lookup(bits):
+    codes = torch.arange(2**bits, dtype=torch.uint8).view(2, -1)
+    expected = torch.tensor(codec.entries(bits)).view(2, -1) / codec.steps(bits)
+    torch.testing.assert_close(codec.lookup(codes, bits), expected)
 
 
 @given(HEAD_DIMS)
@@ -163,7 +155,7 @@ def test_round_trip_is_within_the_bound_for_any_token(x, bits, role, fit_to_it):
     # With parameters of its own, or those of a sequence with the same scale
     parameters = fitted(x if fit_to_it else x.abs().mean() * torch.randn(64, head_dim), role, bits)
     codes, gain = codec.encode(x, parameters, role=role, bits=bits)
-    entry = codec.lookup(codec.pack(codes, bits), bits, head_dim)
+    entry = codec.lookup(codes, bits)
     y = codec.rotate((x - parameters.mean.float()) * parameters.scale.float())
     norm = y.norm(dim=-1)
     peak = y.abs().amax(-1) / (norm / head_dim**0.5).clamp_min(1e-30)
@@ -203,7 +195,7 @@ def test_gains(head_dim, bits, seed):
     y = codec.rotate(x)
     for role in ("key", "value"):
         codes, gain = codec.encode(x, identity(head_dim), role=role, bits=bits)
-        yhat = codec.lookup(codec.pack(codes, bits), bits, head_dim) * gain.float()[:, None]
+        yhat = codec.lookup(codes, bits) * gain.float()[:, None]
         got = (y * yhat).sum(-1) if role == "key" else yhat.square().sum(-1)
         torch.testing.assert_close(got, y.square().sum(-1), rtol=2e-3, atol=1e-6)
 
@@ -215,7 +207,7 @@ def test_folding_into_query_and_output(x, bits):
     parameters = fitted(x, "key", bits)
     mean, scale = (part.float() for part in parameters)
     codes, gain = codec.encode(x, parameters, role="key", bits=bits)
-    entry = codec.lookup(codec.pack(codes, bits), bits, head_dim)
+    entry = codec.lookup(codes, bits)
     dense = codec.decode(entry, gain, parameters).double()
     query = torch.randn(3, head_dim, generator=torch.manual_seed(0)).double()
     folded = codec.rotate((query / scale).float()) @ entry.T * gain.float() + query.float() @ mean[:, None]
@@ -240,7 +232,7 @@ def test_extreme_tokens_stay_finite(numbers, bits, role, fitted_scale):
     codes, gain = codec.encode(x, parameters, role=role, bits=bits)
     assert gain.isfinite().all()
     assert (gain >= 0).all()
-    decoded = codec.decode(codec.lookup(codec.pack(codes, bits), bits, len(numbers)), gain, parameters)
+    decoded = codec.decode(codec.lookup(codes, bits), gain, parameters)
     assert decoded.isfinite().all()
 
 

@@ -95,6 +95,7 @@ def test_compiled_store_and_attend(dynamic):
             positions,
             None,
             None,
+            None,
             SLOTS,
             0,
             length,
@@ -138,7 +139,7 @@ def test_fakes_need_no_data():
     state = torch.empty(10, dtype=torch.uint8, device="meta")
     query = torch.empty(2, 4, 3, 16, dtype=torch.bfloat16, device="meta")
     forms = Format("key", 4, 16, torch.bfloat16).key(), Format("value", 4, 8, torch.bfloat16).key()
-    out = ops.attend(query, state, state, query, query, query, None, None, 64, 0, 64, *forms)
+    out = ops.attend(query, state, state, query, query, query, None, None, None, 64, 0, 64, *forms)
     assert (out.device.type, out.shape, out.dtype) == ("meta", (2, 4, 3, 8), torch.bfloat16)
     assert out.is_contiguous()
     dense = ops.dequantise(state, 2, 3, 64, forms[1])

@@ -24,9 +24,9 @@ def pair(
     return tuple(CacheState.empty(form, batch, heads, slots, "cpu") for form in (key, value))
 
 
-def attend(keys, values, query, key, value, positions, mask=None, scale=None, first=0, length=None):
+def attend(keys, values, query, key, value, positions, mask=None, scale=None, first=0, length=None, softcap=None):
     return reference.attend(
-        query, keys.buffer, values.buffer, key, value, positions, mask, scale, keys.slots, first,
+        query, keys.buffer, values.buffer, key, value, positions, mask, scale, softcap, keys.slots, first,
         keys.slots if length is None else length, keys.format, values.format,
     )  # fmt: skip
 

@@ -1,0 +1,129 @@
+// The two inner loops of attention: scores of a block of packed keys, weighted sum of a block of packed values.
+#pragma once
+
+#include "simd.hpp"
+
+namespace decoquant {
+
+constexpr int BLOCK = 128;  // tokens whose scores are held at once
+constexpr int TILES = BLOCK / TILE;
+
+struct Planes {
+  const uint8_t* lower;
+  const uint8_t* upper;  // the one-bit plane of 5 and 3 bits
+};
+
+// A group of queries folded with one parameter set: q . x = gain * scale * (sum of factor * (entry + 128) - shift) + mean.
+struct Folded {
+  const int32_t* factor;  // [padded_dim / QUAD][group][2]
+  const uint32_t* shift;  // [group]
+  const float* scale;     // [group]
+  const float* mean;      // [group]
+};
+
+// Inner products of `GROUP` queries with the tokens of tiles [first, last) of 16; zero where the gain is negative.
+//   planes: at the block's first token; gains: float16 [BLOCK]; scores: float32 [GROUP][BLOCK]
+using Scores = void (*)(const Table& table, const Planes& planes, int64_t padded_dim, const uint16_t* gains,
+                        const Folded& query, int64_t first, int64_t last, float* scores);
+
+template <int BITS, int GROUP>
+void scores_of(const Table& table, const Planes& planes, int64_t padded_dim, const uint16_t* gains,
+               const Folded& query, int64_t first, int64_t last, float* scores) {
+  constexpr int QUADS = Codes<BITS>::QUADS;
+  constexpr int SETS = GROUP >= 4 ? 1 : 4 / GROUP;  // independent sums hide the latency of the multiplication
+  const Book book(table);
+  const int64_t loads = padded_dim / (QUAD * QUADS);
+  const int64_t lower_tile = loads * LOWER_ROWS<BITS> * 64, upper_tile = loads * 64;
+  for (int64_t tile = first; tile < last; ++tile) {
+    DECOQUANT_UNROLL for (int half = 0; half < HALVES; ++half) {
+      const uint8_t* lower = planes.lower + tile * lower_tile + half * 4 * WIDTH;
+      const uint8_t* upper = planes.upper + tile * upper_tile + half * 4 * WIDTH;
+      const int32_t* factor = query.factor;
+      Accumulator sums[SETS][GROUP];
+      for (int64_t i = 0; i < loads; ++i) {
+        Bytes codes[QUADS];
+        Codes<BITS>::load(book, lower, upper, codes);
+        DECOQUANT_UNROLL for (int quad = 0; quad < QUADS; ++quad) {
+          DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+            const int32_t* words = factor + (quad * GROUP + row) * 2;
+            sums[quad % SETS][row].add(codes[quad], words, words + 1);
+          }
+        }
+        __builtin_prefetch(lower + (BLOCK / LANES) * lower_tile, 0, 2);  // the same line of the next block
+        if (LOWER_ROWS<BITS> > 1) __builtin_prefetch(lower + (BLOCK / LANES) * lower_tile + 64, 0, 2);
+        if (LOWER_ROWS<BITS> > 2) {
+          __builtin_prefetch(lower + (BLOCK / LANES) * lower_tile + 128, 0, 2);
+          __builtin_prefetch(lower + (BLOCK / LANES) * lower_tile + 192, 0, 2);
+        }
+        lower += LOWER_ROWS<BITS> * 64;
+        upper += 64;
+        factor += QUADS * GROUP * 2;
+      }
+      const int64_t token = tile * LANES + half * WIDTH;
+      const Floats gain = from_half(gains + token);
+      DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+        Words total = sums[0][row].total();
+        DECOQUANT_UNROLL for (int set = 1; set < SETS; ++set) total += sums[set][row].total();
+        const Floats product = __builtin_convertvector((Ints)(total - query.shift[row]), Floats);
+        const Floats score = product * (gain * query.scale[row]) + query.mean[row];
+        store(scores + row * BLOCK + token, select(gain < 0, Floats{}, score));
+      }
+    }
+  }
+}
+
+// The weights of a block as the integer factor of a dot product over tokens, weight = scale * factor.
+struct Weights {
+  alignas(64) int32_t factor[MAX_GROUP][2][BLOCK / QUAD];
+  uint32_t shift[MAX_GROUP];
+  float scale[MAX_GROUP];
+};
+
+// out[row] = out[row] * decay[row] + sum of weight * entry, over `tiles` tiles of 64 tokens.
+//   planes: at the first tile; out: float32 [GROUP][padded_dim]
+using Mix = void (*)(const Table& table, const Planes& planes, int64_t padded_dim, const Weights& weights,
+                     int64_t tiles, const float* decay, float* out);
+
+template <int BITS, int GROUP>
+void mix_of(const Table& table, const Planes& planes, int64_t padded_dim, const Weights& weights, int64_t tiles,
+            const float* decay, float* out) {
+  constexpr int QUADS = Codes<BITS>::QUADS;
+  constexpr int SETS = GROUP >= 4 ? 1 : 4 / GROUP;
+  constexpr int LOADS = TILE / (QUAD * QUADS);
+  constexpr int64_t LOWER_CHUNK = LOADS * LOWER_ROWS<BITS> * 64, UPPER_CHUNK = LOADS * 64;
+  const Book book(table);
+  const int64_t chunks = padded_dim / LANES;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    DECOQUANT_UNROLL for (int half = 0; half < HALVES; ++half) {
+      Accumulator sums[SETS][GROUP];
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const uint8_t* lower = planes.lower + (tile * chunks + chunk) * LOWER_CHUNK + half * 4 * WIDTH;
+        const uint8_t* upper = planes.upper + (tile * chunks + chunk) * UPPER_CHUNK + half * 4 * WIDTH;
+        DECOQUANT_UNROLL for (int i = 0; i < LOADS; ++i) {
+          Bytes codes[QUADS];
+          Codes<BITS>::load(book, lower, upper, codes);
+          DECOQUANT_UNROLL for (int quad = 0; quad < QUADS; ++quad) {
+            DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+              const int64_t token = tile * (TILE / QUAD) + i * QUADS + quad;
+              sums[quad % SETS][row].add(codes[quad], weights.factor[row][0] + token, weights.factor[row][1] + token);
+            }
+          }
+          DECOQUANT_UNROLL for (int line = 0; line < LOWER_ROWS<BITS>; ++line) {
+            __builtin_prefetch(lower + TILES * chunks * LOWER_CHUNK + 64 * line, 0, 2);
+          }
+          lower += LOWER_ROWS<BITS> * 64;
+          upper += 64;
+        }
+      }
+      DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+        Words total = sums[0][row].total();
+        DECOQUANT_UNROLL for (int set = 1; set < SETS; ++set) total += sums[set][row].total();
+        float* to = out + row * padded_dim + chunk * LANES + half * WIDTH;
+        const Floats share = __builtin_convertvector((Ints)(total - weights.shift[row]), Floats);
+        store(to, load<Floats>(to) * decay[row] + share * weights.scale[row]);
+      }
+    }
+  }
+}
+
+}  // namespace decoquant
