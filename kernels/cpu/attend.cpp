@@ -49,27 +49,6 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------------- kernels
 
-template <int GROUP>
-Scores scores_for(int64_t bits) {
-  switch (bits) {
-    case 8: return scores_of<8, GROUP>;
-    case 5: return scores_of<5, GROUP>;
-    case 4: return scores_of<4, GROUP>;
-    case 3: return scores_of<3, GROUP>;
-    default: return scores_of<2, GROUP>;
-  }
-}
-template <int GROUP>
-Mix mix_for(int64_t bits) {
-  switch (bits) {
-    case 8: return mix_of<8, GROUP>;
-    case 5: return mix_of<5, GROUP>;
-    case 4: return mix_of<4, GROUP>;
-    case 3: return mix_of<3, GROUP>;
-    default: return mix_of<2, GROUP>;
-  }
-}
-
 // scores[row][i] = query[row] . token[i]; query rows have whole registers, padded with zeros.
 using ExactScores = void (*)(const void* const* tokens, int64_t count, int64_t size, const float* query,
                              int64_t query_stride, float* scores);
@@ -94,11 +73,15 @@ void exact_scores(const void* const* tokens, int64_t count, int64_t size, const 
     int64_t c = 0;
     for (; c + WIDTH <= size; c += WIDTH) {
       const Floats x = Type::load(token + c);
-      DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) sums[row] += x * load<Floats>(query + row * query_stride + c);
+      DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+        sums[row] = fused(x, load<Floats>(query + row * query_stride + c), sums[row]);
+      }
     }
     if (c < size) {
       const Floats x = tail<Type>(token + c, size - c);
-      DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) sums[row] += x * load<Floats>(query + row * query_stride + c);
+      DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+        sums[row] = fused(x, load<Floats>(query + row * query_stride + c), sums[row]);
+      }
     }
     DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) scores[row * BLOCK + i] = sum(sums[row]);
   }
@@ -114,55 +97,38 @@ void exact_mix(const void* const* tokens, int64_t count, int64_t size, const flo
     for (int64_t i = 0; i < count; ++i) {
       const auto* token = static_cast<const typename Type::type*>(tokens[i]) + c;
       const Floats x = whole ? Type::load(token) : tail<Type>(token, size - c);
-      DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) sums[row] += x * weights[row * BLOCK + i];
+      DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+        sums[row] = fused(x, splat(weights[row * BLOCK + i]), sums[row]);
+      }
     }
     DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) store(out + row * out_stride + c, sums[row]);
   }
 }
 
-template <int GROUP>
-ExactScores exact_scores_for(int64_t dtype) {
-  if (dtype == FLOAT32) return exact_scores<Float32, GROUP>;
-  return dtype == BFLOAT16 ? exact_scores<BFloat16, GROUP> : exact_scores<Float16, GROUP>;
-}
-template <int GROUP>
-ExactMix exact_mix_for(int64_t dtype) {
-  if (dtype == FLOAT32) return exact_mix<Float32, GROUP>;
-  return dtype == BFLOAT16 ? exact_mix<BFloat16, GROUP> : exact_mix<Float16, GROUP>;
-}
-
-// The kernels of one group size; dtype 0 to 2 of the exact ones.
+// The kernels of one group size.
 struct Kernels {
   int group;
   Scores scores;
   Mix mix;
-  ExactScores exact_scores[3];
+  ExactScores exact_scores[3];  // by dtype
   ExactMix exact_mix[3];
 };
 
-template <int GROUP>
-Kernels kernels_of(int64_t key_bits, int64_t value_bits) {
-  Kernels kernels{GROUP, scores_for<GROUP>(key_bits), mix_for<GROUP>(value_bits), {}, {}};
-  for (int64_t dtype = 0; dtype < 3; ++dtype) {
-    kernels.exact_scores[dtype] = exact_scores_for<GROUP>(dtype);
-    kernels.exact_mix[dtype] = exact_mix_for<GROUP>(dtype);
+Kernels choose(int64_t rows, const Layout& key, const Layout& value) {
+  int group = 1;
+  for (const int size : GROUPS) {
+    if (size > MAX_GROUP) break;
+    group = size;
+    if (size >= rows) break;
   }
-  return kernels;
-}
-
-// The smallest group that holds `rows` rows, or the largest there is.
-Kernels choose(int64_t rows, int64_t key_bits, int64_t value_bits) {
-  if (rows <= 1) return kernels_of<1>(key_bits, value_bits);
-  if (rows <= 2 || MAX_GROUP <= 2) return kernels_of<2>(key_bits, value_bits);
-  if constexpr (MAX_GROUP > 2) {
-    if (rows <= 3) return kernels_of<3>(key_bits, value_bits);
-    if (rows <= 4 || MAX_GROUP <= 4) return kernels_of<4>(key_bits, value_bits);
-  }
-  if constexpr (MAX_GROUP > 4) {
-    if (rows <= 6) return kernels_of<6>(key_bits, value_bits);
-    return kernels_of<8>(key_bits, value_bits);
-  }
-  __builtin_unreachable();
+  return for_group(group, [&](auto size) {
+    constexpr int GROUP = size();
+    return Kernels{group,
+                   scores_for(group, key.bits),
+                   mix_for(group, value.bits),
+                   {exact_scores<Float32, GROUP>, exact_scores<BFloat16, GROUP>, exact_scores<Float16, GROUP>},
+                   {exact_mix<Float32, GROUP>, exact_mix<BFloat16, GROUP>, exact_mix<Float16, GROUP>}};
+  });
 }
 
 float read_float(const void* data, int64_t dtype, int64_t index) {
@@ -856,7 +822,7 @@ extern "C" int64_t decoquant_attend(const Attend* arguments) {
   plan.origin = header[ORIGIN];
   plan.groups = call.query_heads / key.heads;
   plan.rows = plan.groups * call.queries;
-  plan.kernels = choose(plan.rows, key.bits, value.bits);
+  plan.kernels = choose(plan.rows, key, value);
   plan.query_stride = whole_registers(key.head_dim);
   plan.out_stride = whole_registers(value.head_dim);
   lay_out(key, header[ORIGIN], header[END], call.first, call.length, plan.spans);

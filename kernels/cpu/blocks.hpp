@@ -1,6 +1,8 @@
 // The two inner loops of attention: scores of a block of packed keys, weighted sum of a block of packed values.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.hpp"
 
 namespace decoquant {
@@ -49,11 +51,8 @@ void scores_of(const Table& table, const Planes& planes, int64_t padded_dim, con
             sums[quad % SETS][row].add(codes[quad], words, words + 1);
           }
         }
-        __builtin_prefetch(lower + (BLOCK / LANES) * lower_tile, 0, 2);  // the same line of the next block
-        if (LOWER_ROWS<BITS> > 1) __builtin_prefetch(lower + (BLOCK / LANES) * lower_tile + 64, 0, 2);
-        if (LOWER_ROWS<BITS> > 2) {
-          __builtin_prefetch(lower + (BLOCK / LANES) * lower_tile + 128, 0, 2);
-          __builtin_prefetch(lower + (BLOCK / LANES) * lower_tile + 192, 0, 2);
+        DECOQUANT_UNROLL for (int line = 0; line < LOWER_ROWS<BITS>; ++line) {
+          __builtin_prefetch(lower + (BLOCK / LANES) * lower_tile + 64 * line, 0, 2);  // the same line of the next block
         }
         lower += LOWER_ROWS<BITS> * 64;
         upper += 64;
@@ -65,7 +64,7 @@ void scores_of(const Table& table, const Planes& planes, int64_t padded_dim, con
         Words total = sums[0][row].total();
         DECOQUANT_UNROLL for (int set = 1; set < SETS; ++set) total += sums[set][row].total();
         const Floats product = __builtin_convertvector((Ints)(total - query.shift[row]), Floats);
-        const Floats score = product * (gain * query.scale[row]) + query.mean[row];
+        const Floats score = fused(product, gain * query.scale[row], splat(query.mean[row]));
         store(scores + row * BLOCK + token, select(gain < 0, Floats{}, score));
       }
     }
@@ -120,10 +119,42 @@ void mix_of(const Table& table, const Planes& planes, int64_t padded_dim, const 
         DECOQUANT_UNROLL for (int set = 1; set < SETS; ++set) total += sums[set][row].total();
         float* to = out + row * padded_dim + chunk * LANES + half * WIDTH;
         const Floats share = __builtin_convertvector((Ints)(total - weights.shift[row]), Floats);
-        store(to, load<Floats>(to) * decay[row] + share * weights.scale[row]);
+        store(to, fused(share, splat(weights.scale[row]), load<Floats>(to) * decay[row]));
       }
     }
   }
+}
+
+// The kernels for a group of queries and a width of codes; `group` is one of GROUPS.
+constexpr int GROUPS[] = {1, 2, 3, 4, 6, 8};  // those up to MAX_GROUP are there
+Scores scores_for(int group, int64_t bits);
+Mix mix_for(int group, int64_t bits);
+
+// function<bits>() for the width at hand.
+template <class Function>
+auto for_bits(int64_t bits, const Function& function) {
+  switch (bits) {
+    case 8: return function(std::integral_constant<int, 8>());
+    case 5: return function(std::integral_constant<int, 5>());
+    case 4: return function(std::integral_constant<int, 4>());
+    case 3: return function(std::integral_constant<int, 3>());
+    default: return function(std::integral_constant<int, 2>());
+  }
+}
+
+// function<group>() for the group at hand.
+template <class Function>
+auto for_group(int group, const Function& function) {
+  if constexpr (MAX_GROUP > 4) {
+    if (group == 8) return function(std::integral_constant<int, 8>());
+    if (group == 6) return function(std::integral_constant<int, 6>());
+  }
+  if constexpr (MAX_GROUP > 2) {
+    if (group == 4) return function(std::integral_constant<int, 4>());
+    if (group == 3) return function(std::integral_constant<int, 3>());
+  }
+  if (group == 2) return function(std::integral_constant<int, 2>());
+  return function(std::integral_constant<int, 1>());
 }
 
 }  // namespace decoquant

@@ -81,25 +81,31 @@ DECOQUANT_INLINE void to_bfloat16(uint16_t* to, Floats x) {
   store(to, __builtin_convertvector(x != x ? Words{} + 0x7fc0u : rounded, Halfs));
 }
 
-template <class Type>
-void load_row_of(const void* data, int64_t stride, int64_t size, float* x) {
+template <class Type, class Body>
+DECOQUANT_INLINE void each_register_of(const void* data, int64_t stride, int64_t size, const Body& body) {
   const auto* from = static_cast<const typename Type::type*>(data);
-  for (int64_t c = 0; c < size; c += WIDTH) {
-    if (stride == 1 && c + WIDTH <= size) {
-      store(x + c, Type::load(from + c));
-      continue;
-    }
+  int64_t c = 0;
+  if (stride == 1) {
+    for (; c + WIDTH <= size; c += WIDTH) body(c, Type::load(from + c));
+  }
+  for (; c < size; c += WIDTH) {
     typename Type::type part[WIDTH] = {};
     const int64_t count = std::min<int64_t>(WIDTH, size - c);
     for (int64_t i = 0; i < count; ++i) part[i] = from[(c + i) * stride];
-    store(x + c, Type::load(part));
+    body(c, Type::load(part));
   }
 }
 
+// Calls body(channel, register) along a row of any dtype and stride; zeros beyond its end.
+template <class Body>
+DECOQUANT_INLINE void each_register(int64_t dtype, const void* data, int64_t stride, int64_t size, const Body& body) {
+  if (dtype == FLOAT32) return each_register_of<Float32>(data, stride, size, body);
+  if (dtype == BFLOAT16) return each_register_of<BFloat16>(data, stride, size, body);
+  each_register_of<Float16>(data, stride, size, body);
+}
+
 inline void load_row(int64_t dtype, const void* data, int64_t stride, int64_t size, float* x) {
-  if (dtype == FLOAT32) return load_row_of<Float32>(data, stride, size, x);
-  if (dtype == BFLOAT16) return load_row_of<BFloat16>(data, stride, size, x);
-  load_row_of<Float16>(data, stride, size, x);
+  each_register(dtype, data, stride, size, [x](int64_t c, Floats y) { store(x + c, y); });
 }
 
 inline const void* row_of(const Array& array, int64_t i, int64_t j, int64_t k) {
@@ -161,12 +167,12 @@ inline void make_finite(int64_t dtype, int64_t size, float* x) {
 
 // ------------------------------------------------------------------------------------------------------------ codebook
 
-struct Book {
+struct Codebook {
   // Entries and thresholds in units of the radius; 8 bits need neither.
   alignas(64) float entries[32];
   alignas(64) float thresholds[32];
 
-  explicit Book(const Layout& layout) {
+  explicit Codebook(const Layout& layout) {
     for (int i = 0; i < 32; ++i) entries[i] = thresholds[i] = 0;
     if (layout.bits >= 8) return;
     const int count = 1 << layout.bits;
@@ -192,14 +198,14 @@ DECOQUANT_INLINE Floats take(const float* table, Ints index) {
 }
 
 template <int BITS>
-DECOQUANT_INLINE Floats entry_of(const Book& book, Ints code) {
+DECOQUANT_INLINE Floats entry_of(const Codebook& book, Ints code) {
   if constexpr (BITS == 8) return __builtin_convertvector(code - 128, Floats) * 0.03125f;
   return take<BITS>(book.entries, code);
 }
 
 // Number of thresholds below z.
 template <int BITS>
-DECOQUANT_INLINE Ints code_of(const Book& book, Floats z) {
+DECOQUANT_INLINE Ints code_of(const Codebook& book, Floats z) {
   Ints code{};
 #if defined(__AVX512VNNI__)
   DECOQUANT_UNROLL for (int step = 1 << (BITS - 1); step > 0; step /= 2) {  // binary search
@@ -280,26 +286,75 @@ inline void fit(const Layout& layout, const float* mean, const float* variance, 
 
 // ------------------------------------------------------------------------------------------------------ encode, decode
 
+// The row being encoded: in registers if the head size is known when compiling, else in memory.
+template <int DIM>
+struct Coordinates {
+  static constexpr int COUNT = DIM / WIDTH;
+  Floats y[COUNT];
+
+  Coordinates(const Layout&, const float*) {}
+  DECOQUANT_INLINE Floats get(int i) const { return y[i]; }
+  DECOQUANT_INLINE void set(int i, Floats value) { y[i] = value; }
+  template <class Body>
+  DECOQUANT_INLINE void each(const Body& body) const {
+    DECOQUANT_UNROLL for (int i = 0; i < COUNT; ++i) body(i);
+  }
+  DECOQUANT_INLINE void rotate(const Layout& layout) {  // as rotation.hpp
+    DECOQUANT_UNROLL for (int i = 0; i < COUNT; ++i) {
+      y[i] = butterfly<2>(butterfly<1>(y[i] * load<Floats>(layout.signs + i * WIDTH)));
+      if constexpr (WIDTH > 4) y[i] = butterfly<4>(y[i]);
+      if constexpr (WIDTH > 8) y[i] = butterfly<8>(y[i]);
+    }
+    DECOQUANT_UNROLL for (int half = 1; half < COUNT; half *= 2) {
+      DECOQUANT_UNROLL for (int i = 0; i < COUNT; ++i) {
+        if (i & half) continue;
+        const Floats left = y[i], right = y[i + half];
+        y[i] = left + right;
+        y[i + half] = left - right;
+      }
+    }
+    const float norm = 1.0f / std::sqrt(static_cast<float>(DIM));
+    DECOQUANT_UNROLL for (int i = 0; i < COUNT; ++i) y[i] *= norm;
+  }
+};
+
+template <>
+struct Coordinates<0> {
+  float* x;
+  int64_t count;
+
+  Coordinates(const Layout& layout, float* memory) : x(memory), count(whole_registers(layout.head_dim) / WIDTH) {}
+  DECOQUANT_INLINE Floats get(int64_t i) const { return load<Floats>(x + i * WIDTH); }
+  DECOQUANT_INLINE void set(int64_t i, Floats value) { store(x + i * WIDTH, value); }
+  template <class Body>
+  DECOQUANT_INLINE void each(const Body& body) const {
+    for (int64_t i = 0; i < count; ++i) body(i);
+  }
+  void rotate(const Layout& layout) { decoquant::rotate(layout, x); }
+};
+
 // codec.encode: writes `padded_dim` codes and returns the gain in float16. Consumes x, which must be finite.
-using Encode = uint16_t (*)(const Layout& layout, const Book& book, const Parameters& parameters, float* x,
+using Encode = uint16_t (*)(const Layout& layout, const Codebook& book, const Parameters& parameters, float* x,
                             uint8_t* codes);
 
-template <int BITS>
-uint16_t encode_of(const Layout& layout, const Book& book, const Parameters& parameters, float* x, uint8_t* codes) {
+template <int BITS, int DIM>
+uint16_t encode_of(const Layout& layout, const Codebook& book, const Parameters& parameters, float* x,
+                   uint8_t* codes) {
   typedef uint8_t Narrow __attribute__((vector_size(WIDTH)));
-  const int64_t size = layout.head_dim;
-  for (int64_t c = 0; c < size; c += WIDTH) {
-    const Floats centred = clamp(load<Floats>(x + c), LIMIT) - load<Floats>(parameters.mean + c);
-    store(x + c, centred * load<Floats>(parameters.scale + c));
-  }
-  rotate(layout, x);
+  const int64_t size = DIM > 0 ? DIM : layout.head_dim;
+  Coordinates<DIM> row(layout, x);
+  row.each([&](auto i) __attribute__((always_inline)) {
+    const Floats centred = clamp(load<Floats>(x + i * WIDTH), LIMIT) - load<Floats>(parameters.mean + i * WIDTH);
+    row.set(i, centred * load<Floats>(parameters.scale + i * WIDTH));
+  });
+  row.rotate(layout);
   Floats squares{}, peak{};
-  for (int64_t c = 0; c < size; c += WIDTH) {
-    const Floats y = clamp(load<Floats>(x + c), COORDINATE_LIMIT);
-    store(x + c, y);
+  row.each([&](auto i) __attribute__((always_inline)) {
+    const Floats y = clamp(row.get(i), COORDINATE_LIMIT);
+    row.set(i, y);
     squares += y * y;
     if constexpr (BITS == 8) peak = max(peak, magnitude(y));
-  }
+  });
   const float power = sum(squares);
 
   float radius;
@@ -310,8 +365,8 @@ uint16_t encode_of(const Layout& layout, const Book& book, const Parameters& par
   }
   const bool key = layout.key;
   Floats products{};
-  for (int64_t c = 0; c < size; c += WIDTH) {
-    const Floats y = load<Floats>(x + c);
+  row.each([&](auto i) __attribute__((always_inline)) {
+    const Floats y = row.get(i);
     Ints code;
     if constexpr (BITS == 8) {
       const Floats z = y * (1.0f / radius * 32);
@@ -319,13 +374,13 @@ uint16_t encode_of(const Layout& layout, const Book& book, const Parameters& par
     } else {
       code = code_of<BITS>(book, y / radius);
     }
-    store(codes + c, __builtin_convertvector(code, Narrow));
+    store(codes + i * WIDTH, __builtin_convertvector(code, Narrow));
     Floats entry = entry_of<BITS>(book, code);
-    if (c + WIDTH > size) {
-      DECOQUANT_UNROLL for (int i = 0; i < WIDTH; ++i) entry[i] = c + i < size ? entry[i] : 0;
+    if (DIM == 0 && (i + 1) * WIDTH > size) {
+      DECOQUANT_UNROLL for (int lane = 0; lane < WIDTH; ++lane) entry[lane] = i * WIDTH + lane < size ? entry[lane] : 0;
     }
     products += entry * (key ? y : entry);
-  }
+  });
   memset(codes + size, 0, layout.padded_dim - size);
 
   const float product = sum(products);
@@ -337,18 +392,32 @@ uint16_t encode_of(const Layout& layout, const Book& book, const Parameters& par
   return to_half(std::min(gain, GAIN_MAX));
 }
 
-inline Encode encode_for(int64_t bits) {
-  switch (bits) {
-    case 8: return encode_of<8>;
-    case 5: return encode_of<5>;
-    case 4: return encode_of<4>;
-    case 3: return encode_of<3>;
-    default: return encode_of<2>;
+template <int BITS>
+Encode encode_for_size(int64_t head_dim) {
+  if constexpr (WIDTH >= 4) {
+    if (head_dim == 64) return encode_of<BITS, 64>;
+  }
+  if constexpr (WIDTH >= 8) {
+    if (head_dim == 128) return encode_of<BITS, 128>;
+  }
+  if constexpr (WIDTH >= 16) {
+    if (head_dim == 256) return encode_of<BITS, 256>;
+  }
+  return encode_of<BITS, 0>;
+}
+
+inline Encode encode_for(const Layout& layout) {
+  switch (layout.bits) {
+    case 8: return encode_for_size<8>(layout.head_dim);
+    case 5: return encode_for_size<5>(layout.head_dim);
+    case 4: return encode_for_size<4>(layout.head_dim);
+    case 3: return encode_for_size<3>(layout.head_dim);
+    default: return encode_for_size<2>(layout.head_dim);
   }
 }
 
 // codec.decode: a row from `padded_dim` codes.
-inline void decode(const Layout& layout, const Book& book, const Parameters& parameters, const uint8_t* codes,
+inline void decode(const Layout& layout, const Codebook& book, const Parameters& parameters, const uint8_t* codes,
                    uint16_t gain, float* x) {
   const int64_t size = layout.head_dim;
   float scale[WIDTH];

@@ -52,6 +52,17 @@ DECOQUANT_INLINE Floats splat(float x) { return x - Floats{}; }
 DECOQUANT_INLINE Floats select(Ints mask, Floats yes, Floats no) { return mask ? yes : no; }
 DECOQUANT_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
+// a * b + c, rounded once where the CPU can.
+DECOQUANT_INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512VNNI__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 DECOQUANT_INLINE float sum(Floats x) {
 #if defined(__AVX512VNNI__)
   return _mm512_reduce_add_ps((__m512)x);
@@ -82,14 +93,15 @@ DECOQUANT_INLINE Floats exponential(Floats x) {
   const Floats clipped = select(x < -87.0f, splat(-87.0f), x);
   const Ints n = to_ints(clipped * 1.44269504f);
   const Floats whole = __builtin_convertvector(n, Floats);
-  const Floats r = (clipped - whole * 0.693145752f) - whole * 1.42860677e-6f;  // ln 2 in two parts
+  Floats r = fused(whole, splat(-0.693145752f), clipped);  // ln 2 in two parts
+  r = fused(whole, splat(-1.42860677e-6f), r);
   Floats p = splat(1.9875691500e-4f);  // Cephes expf
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = fused(p, r, splat(1.3981999507e-3f));
+  p = fused(p, r, splat(8.3334519073e-3f));
+  p = fused(p, r, splat(4.1665795894e-2f));
+  p = fused(p, r, splat(1.6666665459e-1f));
+  p = fused(p, r, splat(5.0000001201e-1f));
+  p = fused(p * r, r, r + 1.0f);
   const Floats scale = (Floats)((n + 127) << 23);
   return select(x < -87.0f, Floats{}, p * scale);
 }
