@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from decoquant_compile.kernels import reference
+from decoquant_compile.kernels import cpu, reference
 from decoquant_compile.kernels.format import Format
 
 _LIBRARY: Final = torch.library.Library("decoquant", "DEF")
@@ -83,16 +83,19 @@ def _dequantise_fake(state: Tensor, batch: int, heads: int, slots: int, format: 
     return state.new_empty((batch, heads, slots, form.head_dim), dtype=form.dtype)
 
 
-def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _register(
+    schema: str, anywhere: Callable[..., Any], on_cpu: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, on_cpu, "CPU")
     torch.library.register_fake(f"decoquant::{name}", fake, lib=_LIBRARY)
 
 
-_register(_STORE, _store, _store_fake)
-_register(_ATTEND, _attend, _attend_fake)
-_register(_DEQUANTISE, _dequantise, _dequantise_fake)
+_register(_STORE, _store, cpu.store, _store_fake)
+_register(_ATTEND, _attend, cpu.attend, _attend_fake)
+_register(_DEQUANTISE, _dequantise, cpu.dequantise, _dequantise_fake)
 
 store: Final = torch.ops.decoquant.store_v2.default
 """`reference.store` with the format as a key."""

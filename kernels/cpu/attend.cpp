@@ -109,6 +109,8 @@ void exact_mix(const void* const* tokens, int64_t count, int64_t size, const flo
 struct Kernels {
   int group;
   Scores scores;
+  Softmax softmax;
+  Weigh weigh;
   Mix mix;
   ExactScores exact_scores[3];  // by dtype
   ExactMix exact_mix[3];
@@ -125,6 +127,8 @@ Kernels choose(int64_t rows, const Layout& key, const Layout& value) {
     constexpr int GROUP = size();
     return Kernels{group,
                    scores_for(group, key.bits),
+                   softmax_of<GROUP>,
+                   weigh_of<GROUP>,
                    mix_for(group, value.bits),
                    {exact_scores<Float32, GROUP>, exact_scores<BFloat16, GROUP>, exact_scores<Float16, GROUP>},
                    {exact_mix<Float32, GROUP>, exact_mix<BFloat16, GROUP>, exact_mix<Float16, GROUP>}};
@@ -582,37 +586,21 @@ class Task {
   void zeros(int64_t count) {
     for (int i = 0; i < group_; ++i) {
       const float peak = std::max(maxima_[i], 0.0f);
-      decay(i, maxima_[i] == -INFINITE ? 0.0f : std::exp(maxima_[i] - peak));
+      const float factor = maxima_[i] == -INFINITE ? 0.0f : std::exp(maxima_[i] - peak);
+      decay_[i] *= factor;
+      out_decay_[i] *= factor;
       maxima_[i] = peak;
-      sums_[i] += static_cast<float>(count) * std::exp(-peak);
+      sums_[i] = sums_[i] * factor + static_cast<float>(count) * std::exp(-peak);
     }
-  }
-
-  void decay(int i, float by) {
-    sums_[i] *= by;
-    decay_[i] *= by;
-    out_decay_[i] *= by;
   }
 
   // Scores become weights; the running sums are brought to the new maximum.
   void softmax() {
+    float factor[MAX_GROUP];
+    plan_.kernels.softmax(scores_, maxima_, sums_, factor);
     for (int i = 0; i < group_; ++i) {
-      float* scores = scores_ + i * BLOCK;
-      Floats peaks = load<Floats>(scores);
-      for (int64_t t = WIDTH; t < BLOCK; t += WIDTH) peaks = max(load<Floats>(scores + t), peaks);
-      const float peak = std::max(maxima_[i], largest(peaks));
-      const float from = peak == -INFINITE ? 0.0f : peak;
-      if (peak != maxima_[i]) {
-        decay(i, maxima_[i] == -INFINITE ? 0.0f : std::exp(maxima_[i] - peak));
-        maxima_[i] = peak;
-      }
-      Floats total{};
-      for (int64_t t = 0; t < BLOCK; t += WIDTH) {
-        const Floats weight = exponential(load<Floats>(scores + t) - from);
-        total += weight;
-        store(scores + t, weight);
-      }
-      sums_[i] += sum(total);
+      decay_[i] *= factor[i];
+      out_decay_[i] *= factor[i];
     }
   }
 
@@ -631,7 +619,8 @@ class Task {
     const int64_t tiles = (span.end + TILE - 1) / TILE;
     const Planes from = planes(value_, call_.value_state, span.slot);
     for_each_set(epochs, span.begin, span.end, [&](int64_t set, const uint8_t* only) {
-      if (!weigh(gains, only, set, tiles)) return;
+      const auto steps = static_cast<float>(value_.steps);
+      if (!plan_.kernels.weigh(scores_, gains, only, set, tiles, steps, other_, weights_)) return;
       if (set != set_) {
         flush();
         set_ = set;
@@ -639,56 +628,6 @@ class Task {
       plan_.kernels.mix(plan_.value_table, from, value_.padded_dim, weights_, tiles, decay_, rotated_.data());
       std::fill(decay_, decay_ + group_, 1.0f);
     });
-  }
-
-  // Quantises weight * gain of the tokens of a set; false if all are zero.
-  bool weigh(const uint16_t* gains, const uint8_t* only, int64_t set, int64_t tiles) {
-    bool any = false;
-    for (int i = 0; i < group_; ++i) {
-      const float* scores = scores_ + i * BLOCK;
-      float* products = other_ + i * BLOCK;
-      Floats peaks{};
-      for (int64_t t = 0; t < tiles * TILE; t += WIDTH) {
-        const Floats gain = from_half(gains + t);
-        const Floats product = load<Floats>(scores + t) * select(gain < 0, Floats{}, gain);
-        store(products + t, product);
-        peaks = max(product, peaks);
-      }
-      float peak = largest(peaks);
-      if (only) {
-        peak = 0;
-        for (int64_t t = 0; t < tiles * TILE; ++t) {
-          if (only[t] != set) products[t] = 0;
-          peak = std::max(peak, products[t]);
-        }
-      }
-      any |= peak > 0;
-      const float scale = std::max(peak, std::numeric_limits<float>::min()) / FACTOR_LIMIT;
-      const Floats inverse = splat(1.0f / scale);
-      Words total{};
-      for (int64_t t = 0; t < tiles * TILE; t += WIDTH) {
-        const Ints value = to_ints(load<Floats>(products + t) * inverse);
-        total += (Words)value;
-        split(value, weights_.factor[i][0] + t / QUAD, weights_.factor[i][1] + t / QUAD);
-      }
-      uint32_t shift = 0;
-      for (int lane = 0; lane < WIDTH; ++lane) shift += total[lane];
-      weights_.shift[i] = shift * 128;
-      weights_.scale[i] = scale / static_cast<float>(value_.steps);
-    }
-    return any;
-  }
-
-  static DECOQUANT_INLINE void split(Ints value, int32_t* first, int32_t* second) {
-#if defined(__AVX512VNNI__)
-    const Ints high = (value + 64) >> 7;
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm512_cvtepi32_epi8((__m512i)high));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm512_cvtepi32_epi8((__m512i)(value - (high << 7))));
-#else
-    int32_t values[WIDTH];
-    store(values, value);
-    for (int quad = 0; quad < WIDTH / QUAD; ++quad) split_quad(values + quad * QUAD, first + quad, second + quad);
-#endif
   }
 
   // Turns the sum over the values of one parameter set back to the cache's basis.

@@ -78,6 +78,84 @@ struct Weights {
   float scale[MAX_GROUP];
 };
 
+// Turns scores [GROUP][BLOCK] into weights e^(score - maximum) and brings the running maxima and sums up to date; sums
+// of the values have to be multiplied by `decay`.
+using Softmax = void (*)(float* scores, float* maxima, float* sums, float* decay);
+
+template <int GROUP>
+void softmax_of(float* scores, float* maxima, float* sums, float* decay) {
+  Floats peaks[GROUP];
+  DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) peaks[row] = load<Floats>(scores + row * BLOCK);
+  for (int64_t t = WIDTH; t < BLOCK; t += WIDTH) {
+    DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+      peaks[row] = max(load<Floats>(scores + row * BLOCK + t), peaks[row]);
+    }
+  }
+  Floats from[GROUP], totals[GROUP];
+  DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+    const float peak = largest(peaks[row]), before = maxima[row];
+    decay[row] = 1;
+    if (peak > before || before != before) {
+      decay[row] = before == -__builtin_inff() ? 0 : __builtin_expf(before - peak);
+      sums[row] *= decay[row];
+      maxima[row] = peak;
+    }
+    from[row] = splat(maxima[row] == -__builtin_inff() ? 0 : maxima[row]);
+    totals[row] = Floats{};
+  }
+  for (int64_t t = 0; t < BLOCK; t += WIDTH) {
+    DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+      const Floats weight = exponential(load<Floats>(scores + row * BLOCK + t) - from[row]);
+      totals[row] += weight;
+      store(scores + row * BLOCK + t, weight);
+    }
+  }
+  DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) sums[row] += sum(totals[row]);
+}
+
+// Quantises weight * gain of `tiles` tiles to the factor of `Mix`; false if all are zero. Only tokens of the parameter
+// set `set` count where `epochs` is given. `products`: float32 [GROUP][BLOCK], overwritten.
+using Weigh = bool (*)(const float* scores, const uint16_t* gains, const uint8_t* epochs, int64_t set, int64_t tiles,
+                       float steps, float* products, Weights& weights);
+
+template <int GROUP>
+bool weigh_of(const float* scores, const uint16_t* gains, const uint8_t* epochs, int64_t set, int64_t tiles,
+              float steps, float* products, Weights& weights) {
+  Floats peaks[GROUP] = {};
+  for (int64_t t = 0; t < tiles * TILE; t += WIDTH) {
+    Floats gain = from_half(gains + t);
+    gain = select(gain < 0, Floats{}, gain);
+    if (epochs) {
+      DECOQUANT_UNROLL for (int lane = 0; lane < WIDTH; ++lane) gain[lane] = epochs[t + lane] == set ? gain[lane] : 0;
+    }
+    DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+      const Floats product = load<Floats>(scores + row * BLOCK + t) * gain;
+      store(products + row * BLOCK + t, product);
+      peaks[row] = max(product, peaks[row]);
+    }
+  }
+  bool any = false;
+  Floats inverse[GROUP];
+  Words totals[GROUP] = {};
+  DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+    const float peak = largest(peaks[row]);
+    any |= peak > 0;
+    const float scale = (peak > 1e-35f ? peak : 1e-35f) / FACTOR_LIMIT;
+    inverse[row] = splat(1 / scale);
+    weights.scale[row] = scale / steps;
+  }
+  if (!any) return false;
+  for (int64_t t = 0; t < tiles * TILE; t += WIDTH) {
+    DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+      const Ints value = to_ints(load<Floats>(products + row * BLOCK + t) * inverse[row]);
+      totals[row] += (Words)value;
+      split_quads(value, weights.factor[row][0] + t / QUAD, weights.factor[row][1] + t / QUAD);
+    }
+  }
+  DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) weights.shift[row] = sum(totals[row]) * 128;
+  return true;
+}
+
 // out[row] = out[row] * decay[row] + sum of weight * entry, over `tiles` tiles of 64 tokens.
 //   planes: at the first tile; out: float32 [GROUP][padded_dim]
 using Mix = void (*)(const Table& table, const Planes& planes, int64_t padded_dim, const Weights& weights,

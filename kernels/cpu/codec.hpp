@@ -51,9 +51,15 @@ inline uint8_t* scratch_codes(const Layout& layout) {
 }
 
 DECOQUANT_INLINE Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
-DECOQUANT_INLINE Floats clamp(Floats x, float limit) {
+DECOQUANT_INLINE Floats clamp(Floats x, float limit) {  // nan stays nan
+#if defined(__AVX512VNNI__)
+  return (Floats)_mm512_max_ps(_mm512_set1_ps(-limit), _mm512_min_ps(_mm512_set1_ps(limit), (__m512)x));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps(_mm256_set1_ps(-limit), _mm256_min_ps(_mm256_set1_ps(limit), (__m256)x));
+#else
   x = select(x > limit, splat(limit), x);
   return select(x < -limit, splat(-limit), x);
+#endif
 }
 DECOQUANT_INLINE bool any(Ints mask) {
 #if defined(__AVX512VNNI__)
@@ -176,7 +182,8 @@ struct Codebook {
     for (int i = 0; i < 32; ++i) entries[i] = thresholds[i] = 0;
     if (layout.bits >= 8) return;
     const int count = 1 << layout.bits;
-    for (int i = 0; i < count; ++i) entries[i] = static_cast<float>(layout.entries[i]) / static_cast<float>(layout.steps);
+    const auto steps = static_cast<float>(layout.steps);
+    for (int i = 0; i < count; ++i) entries[i] = static_cast<float>(layout.entries[i]) / steps;
     for (int i = 0; i < count - 1; ++i) thresholds[i] = layout.thresholds[i];
   }
 };
@@ -203,20 +210,48 @@ DECOQUANT_INLINE Floats entry_of(const Codebook& book, Ints code) {
   return take<BITS>(book.entries, code);
 }
 
-// Number of thresholds below z.
+// The thresholds of one token, in its own units.
+//
+// The oracle divides by the radius instead of multiplying with it: a coordinate on a threshold may fall to the other
+// side by rounding.
 template <int BITS>
-DECOQUANT_INLINE Ints code_of(const Codebook& book, Floats z) {
-  Ints code{};
-#if defined(__AVX512VNNI__)
-  DECOQUANT_UNROLL for (int step = 1 << (BITS - 1); step > 0; step /= 2) {  // binary search
-    const Ints above = (Ints)(z > take<BITS>(book.thresholds, code + (step - 1)));
-    code += above & step;
+struct Thresholds {
+  static constexpr int COUNT = (1 << BITS) - 1;
+  alignas(64) float scaled[COUNT / LANES * LANES + LANES];
+
+  Thresholds(const Codebook& book, float radius) {
+    DECOQUANT_UNROLL for (int i = 0; i < COUNT; i += WIDTH) {
+      store(scaled + i, load<Floats>(book.thresholds + i) * radius);
+    }
   }
+
+  // How many of them are below y.
+  DECOQUANT_INLINE Ints below(Floats y) const {
+    Ints code{};
+#if defined(__AVX512VNNI__)
+    DECOQUANT_UNROLL for (int step = 1 << (BITS - 1); step > 0; step /= 2) {  // binary search
+      const Floats threshold = take<BITS>(scaled, code + (step - 1));
+      const __mmask16 above = _mm512_cmp_ps_mask((__m512)y, (__m512)threshold, _CMP_GT_OQ);
+      code = (Ints)_mm512_mask_add_epi32((__m512i)code, above, (__m512i)code, _mm512_set1_epi32(step));
+    }
 #else
-  DECOQUANT_UNROLL for (int i = 0; i < (1 << BITS) - 1; ++i) code -= (Ints)(z > book.thresholds[i]);
+    DECOQUANT_UNROLL for (int i = 0; i < COUNT; ++i) code -= (Ints)(y > scaled[i]);
 #endif
-  return code;
-}
+    return code;
+  }
+};
+
+template <>
+struct Thresholds<8> {  // a uniform grid needs none
+  float factor;
+
+  Thresholds(const Codebook&, float radius) : factor(1.0f / radius * 32) {}
+
+  DECOQUANT_INLINE Ints below(Floats y) const {
+    const Floats z = y * factor;  // nan: zero times the infinity of a radius too small
+    return to_ints(clamp(select(z == z, z, Floats{}), 127)) + 128;
+  }
+};
 
 // ---------------------------------------------------------------------------------------------------------- parameters
 
@@ -363,17 +398,12 @@ uint16_t encode_of(const Layout& layout, const Codebook& book, const Parameters&
   } else {
     radius = std::max(std::sqrt(power / static_cast<float>(size)), TINY);
   }
+  const Thresholds<BITS> thresholds(book, radius);
   const bool key = layout.key;
   Floats products{};
   row.each([&](auto i) __attribute__((always_inline)) {
     const Floats y = row.get(i);
-    Ints code;
-    if constexpr (BITS == 8) {
-      const Floats z = y * (1.0f / radius * 32);
-      code = to_ints(clamp(select(z == z, z, Floats{}), 127)) + 128;
-    } else {
-      code = code_of<BITS>(book, y / radius);
-    }
+    const Ints code = thresholds.below(y);
     store(codes + i * WIDTH, __builtin_convertvector(code, Narrow));
     Floats entry = entry_of<BITS>(book, code);
     if (DIM == 0 && (i + 1) * WIDTH > size) {
@@ -381,7 +411,7 @@ uint16_t encode_of(const Layout& layout, const Codebook& book, const Parameters&
     }
     products += entry * (key ? y : entry);
   });
-  memset(codes + size, 0, layout.padded_dim - size);
+  if (DIM == 0) memset(codes + size, 0, layout.padded_dim - size);
 
   const float product = sum(products);
   float gain = 0;
@@ -417,19 +447,33 @@ inline Encode encode_for(const Layout& layout) {
 }
 
 // codec.decode: a row from `padded_dim` codes.
-inline void decode(const Layout& layout, const Codebook& book, const Parameters& parameters, const uint8_t* codes,
-                   uint16_t gain, float* x) {
-  const int64_t size = layout.head_dim;
-  float scale[WIDTH];
+using Decode = void (*)(const Layout& layout, const Codebook& book, const Parameters& parameters, const uint8_t* codes,
+                        uint16_t gain, float* x);
+
+template <int BITS>
+void decode_of(const Layout& layout, const Codebook& book, const Parameters& parameters, const uint8_t* codes,
+               uint16_t gain, float* x) {
+  typedef uint8_t Narrow __attribute__((vector_size(WIDTH)));
   uint16_t gains[WIDTH];
   std::fill_n(gains, WIDTH, gain);
-  store(scale, from_half(gains));
-  for (int64_t c = 0; c < size; ++c) {
-    const float entry = layout.bits == 8 ? static_cast<float>(codes[c] - 128) / 32 : book.entries[codes[c]];
-    x[c] = entry * scale[0];
+  const Floats factor = from_half(gains);
+  const int64_t size = layout.head_dim;
+  for (int64_t c = 0; c < size; c += WIDTH) {
+    const Ints code = __builtin_convertvector(load<Narrow>(codes + c), Ints);
+    store(x + c, entry_of<BITS>(book, code) * factor);
   }
   unrotate(layout, x);
   for (int64_t c = 0; c < size; ++c) x[c] = x[c] / parameters.scale[c] + parameters.mean[c];
+}
+
+inline Decode decode_for(const Layout& layout) {
+  switch (layout.bits) {
+    case 8: return decode_of<8>;
+    case 5: return decode_of<5>;
+    case 4: return decode_of<4>;
+    case 3: return decode_of<3>;
+    default: return decode_of<2>;
+  }
 }
 
 // -------------------------------------------------------------------------------------------------------------- planes

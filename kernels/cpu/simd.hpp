@@ -82,6 +82,16 @@ DECOQUANT_INLINE float largest(Floats x) {
 #endif
 }
 
+DECOQUANT_INLINE uint32_t sum(Words x) {
+#if defined(__AVX512VNNI__)
+  return static_cast<uint32_t>(_mm512_reduce_add_epi32((__m512i)x));
+#else
+  uint32_t total = x[0];
+  DECOQUANT_UNROLL for (int i = 1; i < WIDTH; ++i) total += x[i];
+  return total;
+#endif
+}
+
 // Rounds to nearest even; |x| below 2^22.
 DECOQUANT_INLINE Ints to_ints(Floats x) {
   const Floats magic = splat(12582912.0f);  // 1.5 * 2^23
@@ -198,6 +208,19 @@ DECOQUANT_INLINE void split_quad(const int32_t* value, int32_t* first, int32_t* 
 #endif
   *first = static_cast<int32_t>(a);
   *second = static_cast<int32_t>(b);
+}
+
+// `split_quad` for the quads of a register.
+DECOQUANT_INLINE void split_quads(Ints value, int32_t* first, int32_t* second) {
+#if defined(__AVX512VNNI__)
+  const Ints high = (value + 64) >> 7;
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm512_cvtepi32_epi8((__m512i)high));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm512_cvtepi32_epi8((__m512i)(value - (high << 7))));
+#else
+  int32_t values[WIDTH];
+  store(values, value);
+  for (int quad = 0; quad < WIDTH / QUAD; ++quad) split_quad(values + quad * QUAD, first + quad, second + quad);
+#endif
 }
 
 // Adds the products of `codes` with one quad of the factor, per lane.

@@ -1,0 +1,268 @@
+"""The command line of the benchmark."""
+
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from decoquant_compile.bench import attention, decode, machine, memory, report
+from decoquant_compile.bench.timing import Row
+
+_BITS: Final = ("16", "8", "5", "4", "3", "2")
+_T = TypeVar("_T")
+
+
+def _several(item: Callable[[str], _T]) -> Callable[[str], tuple[_T, ...]]:
+    """A type for values of one type separated by commas; a repeated one counts once."""
+    return lambda text: tuple(dict.fromkeys(item(part.strip()) for part in text.split(",")))
+
+
+def _choice(names: Collection[str]) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text not in names:
+            raise click.BadParameter(f"{text!r} is not one of {', '.join(names)}")
+        return text
+
+    return convert
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,3}", text):
+        raise click.BadParameter(f"{text!r}: expected an integer from 1 to 9999")
+    return int(text)
+
+
+def _context(text: str) -> int:
+    """A number of tokens; 32k is 32768."""
+    found = re.fullmatch(r"(\d{1,9})(k?)", text.lower())
+    tokens = int(found[1]) * (1024 if found[2] else 1) if found else 0
+    if tokens < 2:
+        raise click.BadParameter(f"{text!r} is no context length: expected at least 2 tokens, such as 512 or 32k")
+    return tokens
+
+
+def _shape(text: str) -> attention.Shape:
+    """A shape by name or by its sizes."""
+    if text in attention.SHAPES:
+        return attention.SHAPES[text]
+    if not re.fullmatch(r"([1-9]\d{0,5}x){3}[1-9]\d{0,5}", text):
+        raise click.BadParameter(
+            f"{text!r} is no shape: expected {', '.join(attention.SHAPES)}, or BATCHxQUERY_HEADSxHEADSxHEAD_DIM "
+            "such as 1x32x8x128"
+        )
+    batch, query_heads, heads, head_dim = map(int, text.split("x"))
+    if query_heads % heads:
+        raise click.BadParameter(f"{text!r}: {query_heads} query heads are no multiple of {heads} KV heads")
+    return attention.Shape(text, batch, query_heads, heads, head_dim)
+
+
+def _out(
+    _context: click.Context, _parameter: click.Parameter, paths: tuple[pathlib.Path, ...]
+) -> tuple[pathlib.Path, ...]:
+    """Checks before anything is measured that the results can be written."""
+    for path in paths:
+        if path.suffix not in (".json", ".png"):
+            raise click.BadParameter(f"{str(path)!r}: expected a name that ends in .json or .png")
+        if not path.absolute().parent.is_dir():
+            raise click.BadParameter(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
+    return paths
+
+
+_OUT: Final = click.option(
+    "--out",
+    type=click.Path(dir_okay=False, writable=True, path_type=pathlib.Path),
+    callback=_out,
+    multiple=True,
+    metavar="FILE",
+    help="Write the results as .json or draw them as .png; may be given again.",
+)
+_THREADS: Final = click.option("--threads", type=_several(_positive), default="1", show_default=True, metavar="N,...")
+_CONTEXT: Final = click.option(
+    "--context",
+    "contexts",
+    type=_several(_context),
+    default="512,4k,32k",
+    show_default=True,
+    metavar="N,...",
+    help="Tokens in the cache.",
+)
+
+
+def _bits(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--bits",
+        type=_several(_choice(_BITS)),
+        default=default,
+        show_default=True,
+        metavar="BITS,...",
+        help=f"Widths of the packed caches, of {', '.join(_BITS)}.",
+    )
+
+
+def _arms(families: Mapping[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--arms",
+        type=_several(_choice(families)),
+        default=",".join(families),
+        show_default=True,
+        metavar="ARM,...",
+        help="; ".join(f"{name}: {text}" for name, text in families.items()) + ".",
+    )
+
+
+class _Run:
+    """Measures point by point, shows each table as soon as it is there, and writes the results at the end."""
+
+    def __init__(self, benchmark: report.Benchmark, settings: dict[str, Any], out: Sequence[pathlib.Path]) -> None:
+        self.benchmark, self.settings, self.out = benchmark, settings, out
+        self.machine = machine.describe()
+        self.console = Console()
+        self.huge = 0
+
+    def __call__(self, points: Sequence[Callable[[Callable[[str], object]], list[Row]]]) -> None:
+        self.console.print(machine.summary(self.machine), highlight=False)
+        rows: list[Row] = []
+        columns = (
+            SpinnerColumn(),
+            *Progress.get_default_columns()[:-1],
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[now]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(self.benchmark, total=len(points), now="")
+
+            def tell(now: str) -> None:
+                self.huge = max(self.huge, memory.huge_bytes())
+                progress.update(task, now=now)
+
+            try:
+                for point in points:
+                    measured = point(tell)
+                    rows += measured
+                    for table in report.tables(self.benchmark, measured):
+                        progress.console.print(table)
+                    progress.advance(task)
+            finally:  # also what an interrupted run has measured
+                self._write(rows)
+        self.console.print(f"at most {self.huge / 2**30:.2f} GiB of this process stood in 2 MB pages", highlight=False)
+        for path in self.out:
+            self.console.print(f"written: {path}")
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        if not rows:
+            return
+        measured = report.document(self.benchmark, self.machine | {"huge_bytes": self.huge}, self.settings, rows)
+        for path in self.out:
+            report.write(path, measured, rows)
+
+
+@click.group(help="Measure decoquant-compile beside PyTorch on this machine.")
+def main() -> None:
+    """Hold the commands."""
+
+
+@main.command("attention", help=attention.__doc__)
+@click.option(
+    "--shape",
+    "shapes",
+    type=_several(_shape),
+    default="llama8b",
+    show_default=True,
+    metavar="SHAPE,...",
+    help=f"Of {', '.join(attention.SHAPES)}, or BATCHxQUERY_HEADSxHEADSxHEAD_DIM.",
+)
+@_CONTEXT
+@_bits(",".join(_BITS))
+@_THREADS
+@_arms(attention.FAMILIES)
+@click.option("--rounds", type=click.IntRange(min=3), default=15, show_default=True, help="Timed calls of each arm.")
+@_OUT
+@click.option(
+    "--pages", type=click.Choice(["huge", "default"]), default="huge", show_default=True,
+    help="Pages of torch's caches: 2 MB, or as torch allocates them. Packed caches always ask for 2 MB.",
+)  # fmt: skip
+@click.option(
+    "--ring", type=click.IntRange(min=1), default=768, show_default=True,
+    help="MiB of caches that arms go through before they come back to the first.",
+)  # fmt: skip
+def attention_command(
+    shapes: tuple[attention.Shape, ...],
+    contexts: tuple[int, ...],
+    bits: tuple[str, ...],
+    threads: tuple[int, ...],
+    arms: tuple[str, ...],
+    rounds: int,
+    pages: memory.Pages,
+    ring: int,
+    out: tuple[pathlib.Path, ...],
+) -> None:
+    """One attention."""
+    settings = attention.Settings(tuple(map(int, bits)), arms, threads, rounds, ring * 2**20, pages)
+    run = _Run(
+        "attention", asdict(settings) | {"shapes": [asdict(shape) for shape in shapes], "contexts": contexts}, out
+    )
+    points = itertools.product(shapes, contexts)
+    run([partial(attention.measure, shape, context, settings) for shape, context in points])
+
+
+@main.command("decode", help=decode.__doc__)
+@click.option(
+    "--shape",
+    "shapes",
+    type=_several(_choice(decode.MODELS)),
+    default="llama1b,gemma",
+    show_default=True,
+    metavar="MODEL,...",
+    help=f"Of {', '.join(decode.MODELS)}.",
+)
+@_CONTEXT
+@_bits("4")
+@_THREADS
+@_arms(decode.ARMS)
+@click.option("--rounds", type=click.IntRange(min=3), default=9, show_default=True, help="Timed steps of each arm.")
+@_OUT
+@click.option("--memory", "resident", is_flag=True, help="Run each arm in a process of its own for its resident set.")
+def decode_command(
+    shapes: tuple[str, ...],
+    contexts: tuple[int, ...],
+    bits: tuple[str, ...],
+    threads: tuple[int, ...],
+    arms: tuple[str, ...],
+    rounds: int,
+    resident: bool,
+    out: tuple[pathlib.Path, ...],
+) -> None:
+    """Whole steps."""
+    settings = decode.Settings(tuple(map(int, bits)), arms, threads, rounds, resident)
+    run = _Run("decode", asdict(settings) | {"shapes": shapes, "contexts": contexts}, out)
+    models: dict[str, Any] = {}  # one at a time: the next shape displaces it
+
+    def point(shape: str, context: int, tell: Callable[[str], object]) -> list[Row]:
+        if shape not in models:
+            tell(f"loading {shape}")
+            models.clear()
+            models[shape] = decode.load(shape)
+        rows = decode.measure(models[shape], shape, context, settings, tell)
+        if resident:
+            decode.measure_resident(rows, tell)
+        return rows
+
+    run([partial(point, shape, context) for shape, context in itertools.product(shapes, contexts)])
+
+
+@main.command("resident", hidden=True)
+@click.argument("shape", type=click.Choice(list(decode.MODELS)))
+@click.argument("context", type=int)
+@click.argument("arm")
+@click.argument("threads", type=int)
+def resident_command(shape: str, context: int, arm: str, threads: int) -> None:
+    """One arm of `decode` in this process: its resident set, as JSON."""
+    click.echo(json.dumps(decode.resident(shape, context, arm, threads)))
