@@ -104,7 +104,10 @@ class Layout:
 
     def clear(self, buffer: Tensor) -> None:
         """Makes `buffer` a fresh cache: every slot never written."""
-        buffer.zero_()
+        self.mark_empty(buffer.zero_())
+
+    def mark_empty(self, buffer: Tensor) -> None:
+        """`clear` for a buffer of zeros: memory that is zero anyway is not touched."""
         sections = self.views(buffer)
         sections.rows[:, [START, SET, FITTED]] = UNSET
         sections.gains.fill_(-1)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from decoquant_compile.kernels import ops
+from decoquant_compile.kernels.cpu import memory
 from decoquant_compile.kernels.format import Format
+
+
+def _zeros(nbytes: int, device: torch.device | str) -> Tensor:
+    if torch.device(device).type == "cpu":
+        return memory.zeros(nbytes)
+    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 
 @dataclass(eq=False)
@@ -34,8 +41,8 @@ class CacheState:
         """A fresh cache: every slot never written, reads as zeros."""
         layout = format.layout(batch, heads, slots)
         with torch.inference_mode(mode=False):  # later writes may come from within or without inference mode
-            buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
-            layout.clear(buffer)
+            buffer = _zeros(layout.nbytes, device)
+            layout.mark_empty(buffer)
         return cls(format, batch, heads, slots, buffer)
 
     def write(
@@ -95,5 +102,5 @@ class CacheState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         with torch.inference_mode(mode=False):
-            buffer = self.buffer.clone()
+            buffer = _zeros(self.nbytes, self.buffer.device).copy_(self.buffer)
         return type(self)(self.format, self.batch, self.heads, self.slots, buffer)

@@ -5,6 +5,7 @@
 // to the slots unless a fit is due.
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <vector>
 

@@ -1,0 +1,33 @@
+"""The kernels of each instruction set; those that this machine lacks are skipped."""
+
+import functools
+import shutil
+
+import pytest
+import torch
+
+from decoquant_compile.kernels.cpu import build
+from decoquant_compile.kernels.cpu.native import Kernels
+
+
+@functools.lru_cache
+def kernels_of(level):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("needs a C++ compiler")
+    if lacking := build.FLAGS[level].needs - build._cpu_features():
+        pytest.skip(f"this CPU lacks {' '.join(sorted(lacking))}")
+    return Kernels(level, build.load(level))
+
+
+@pytest.fixture(scope="session", params=build.LEVELS)
+def native(request):
+    """The C++ kernels of a level, built once."""
+    return kernels_of(request.param)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
