@@ -48,7 +48,9 @@ class Bound(NamedTuple):
     """A format and the size of a state of it, as the C++ functions take them."""
 
     form: Format
-    nbytes: int
+    head_dim: int
+    shape: tuple[int]
+    """Of the buffer."""
     layout: ctypes.Array[ctypes.c_char]
     """`Layout` of state.hpp."""
     address: int
@@ -88,7 +90,7 @@ def bind(key: str, batch: int, heads: int, slots: int) -> Bound:
     )
     packed = struct.pack(f"@{len(numbers)}qd", *numbers, codec.steps(form.bits) if coded else 1.0)
     layout = ctypes.create_string_buffer(packed, len(packed))
-    return Bound(form, span.nbytes, layout, ctypes.addressof(layout))
+    return Bound(form, form.head_dim, (span.nbytes,), layout, ctypes.addressof(layout))
 
 
 def _array(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -113,13 +115,26 @@ def _mask(mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return mask, (mask.data_ptr(), dtype, rows > 1 and a, heads > 1 and b, queries > 1 and c, d)
 
 
+def _broadcasts(shape: torch.Size, to: tuple[int, int, int, int]) -> bool:
+    """Whether the first three sizes are those of `to` or 1, and the last one is that of `to`."""
+    if len(shape) != 4:
+        return False
+    rows, heads, queries, length = shape
+    return (
+        length == to[3]
+        and (rows == 1 or rows == to[0])
+        and (heads == 1 or heads == to[1])
+        and (queries == 1 or queries == to[2])
+    )
+
+
 def _function(function: Any, result: Any, *arguments: Any) -> Callable[..., Any]:
     function.restype, function.argtypes = result, arguments
     return function
 
 
 def _is_state(buffer: Tensor, bound: Bound) -> bool:
-    return buffer.shape == (bound.nbytes,) and buffer.dtype == torch.uint8 and buffer.is_contiguous()
+    return buffer.shape == bound.shape and buffer.dtype is torch.uint8 and buffer.is_contiguous()
 
 
 def openmp_parallel() -> int:
@@ -257,47 +272,42 @@ class Kernels:
         """`reference.attend` with the formats as keys."""
         # A decoded token makes one such call for each layer: every look at a tensor from Python counts here.
         operands = (query, key_state, value_state, key, value, positions, mask, scale, softcap, slots, first, length)
-        if not key.dim() == query.dim() == 4:
+        shape, new = query.shape, key.shape
+        if len(shape) != 4 or len(new) != 4:
             return reference.attend(*operands, Format.parse(key_format), Format.parse(value_format))  # which raises
-        batch, heads, tokens, _ = new = key.shape
+        batch, query_heads, queries, head_dim = shape
+        _, heads, tokens, _ = new
         keys, values = bind(key_format, batch, heads, slots), bind(value_format, batch, heads, slots)
-        _, query_heads, queries, head_dim = shape = query.shape
-        wrong = (
-            not (_is_state(key_state, keys) and _is_state(value_state, values))
-            or shape[0] != batch
-            or query_heads % heads
-            or not head_dim == keys.form.head_dim == new[3]
-            or value.shape != (batch, heads, tokens, values.form.head_dim)
-            or positions.shape != (tokens,)
-            or keys.form.role != "key"
-            or values.form.role != "value"
+        right = (
+            _is_state(key_state, keys)
+            and _is_state(value_state, values)
+            and new == (batch, heads, tokens, head_dim)
+            and value.shape == (batch, heads, tokens, values.head_dim)
+            and head_dim == keys.head_dim
+            and query_heads % heads == 0
+            and positions.shape == (tokens,)
+            and keys.form.role == "key"
+            and values.form.role == "value"
+            and length > 0
+            and 0 not in shape
         )
-        if mask is None:
-            mask_array = _NO_ARRAY
-        else:
-            mask_shape = mask.shape
-            wrong = wrong or not (
-                len(mask_shape) == 4
-                and mask_shape[3] == length
-                and (mask_shape[0] == 1 or mask_shape[0] == batch)
-                and (mask_shape[1] == 1 or mask_shape[1] == query_heads)
-                and (mask_shape[2] == 1 or mask_shape[2] == queries)
-            )
-            if not wrong:
-                mask, mask_array = _mask(mask)
-        if wrong or length == 0 or 0 in shape:
-            return reference.attend(*operands, keys.form, values.form)  # which raises, or is empty
+        mask_array = _NO_ARRAY
+        if mask is not None and right:
+            right = _broadcasts(mask.shape, (batch, query_heads, queries, length))
+            mask, mask_array = _mask(mask)
+        if not right:
+            return reference.attend(*operands, keys.form, values.form)  # which raises, or has nothing to attend to
 
-        if scale is None:
-            scale = head_dim**-0.5
+        dtype = query.dtype
         query, query_array = _array(query)
         key, key_array = _array(key)
         value, value_array = _array(value)
-        if values.form.head_dim == head_dim:
-            out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        else:
-            out = query.new_empty((*shape[:3], values.form.head_dim))
-        positions = positions.long().contiguous()
+        if positions.dtype is not torch.int64 or not positions.is_contiguous():
+            positions = positions.long().contiguous()
+        out = torch.empty_like(query)  # faster than to name the sizes; strides of a single query do not matter
+        if values.head_dim != head_dim or not out.is_contiguous():
+            out = query.new_empty((batch, query_heads, queries, values.head_dim))
+        scale = head_dim**-0.5 if scale is None else scale
         dense, dense_array, sums = None, _NO_ARRAY, 0
         if queries >= _QUERIES_TOGETHER and softcap is None:
             dense = _attend_new(query, key, value, positions, mask, scale, first, length)
@@ -331,10 +341,10 @@ class Kernels:
         )
         if status == _DENSE_IS_ALL:
             assert dense is not None
-            return dense.out
-        if status == _CACHES_DIFFER:
+            out = dense.out
+        elif status == _CACHES_DIFFER:
             return reference.attend(*operands, keys.form, values.form)
-        return out
+        return out if out.dtype is dtype else out.to(dtype)
 
 
 class _Dense(NamedTuple):
@@ -360,6 +370,8 @@ def _attend_new(
     tokens = len(positions)
     if tokens == 0 or query.dtype != key.dtype or key.dtype != value.dtype or key.shape != value.shape:
         return None
+    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
+        return None  # torch's kernel would round it
     column = int(positions[0]) - first
     together = torch.equal(positions, torch.arange(first + column, first + column + tokens))
     if not together or first + column < 0 or column < 0 or column + tokens > length:
@@ -370,8 +382,8 @@ def _attend_new(
         if part.dtype == torch.bool:
             part = torch.zeros(part.shape, dtype=query.dtype).masked_fill_(~part, -math.inf)
         admitted = (part > -math.inf).any(-1)
-        mask = part.to(query.dtype)
+        mask = part
     out, sums = flash_attention_cpu(query, key, value, mask, scale)
     if admitted is not None:
         sums = sums.masked_fill(~admitted, -math.inf)
-    return _Dense(out, sums.contiguous())
+    return _Dense(out.contiguous(), sums.contiguous())
