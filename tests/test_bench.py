@@ -9,9 +9,11 @@ import torch
 import transformers
 from click.testing import CliRunner
 
-from decoquant_compile.bench import attention, cli, decode, memory, report
+import decoquant_compile
+from decoquant_compile.bench import attention, cli, decode, memory, prefill, report
 from decoquant_compile.bench.attention import TEMPLATE, Shape, Step, fill
-from decoquant_compile.bench.timing import Row, interleave, relate
+from decoquant_compile.bench.timing import Row, interleave, on_threads, relate
+from decoquant_compile.kernels.cpu.native import Kernels
 from decoquant_compile.kernels.format import END, Format
 from decoquant_compile.kernels.state import CacheState
 
@@ -69,6 +71,15 @@ def test_arms_are_interleaved_and_warm_up_calls_are_not_counted():
     assert set(rounds) == {("a", "b"), ("b", "a")}
     assert not any(collecting)
     assert gc.isenabled()
+
+
+def test_the_number_of_threads_is_put_back():
+    before = torch.get_num_threads()
+    with on_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    with pytest.raises(KeyError), on_threads(before + 1):
+        raise KeyError
+    assert torch.get_num_threads() == before
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -213,7 +224,7 @@ def test_attention_says_what_does_not_fit(tmp_path, monkeypatch):
     assert all(row["seconds"] == [] and "GiB of memory" in row["note"] for row in result["rows"])
 
 
-def test_the_number_of_threads_is_put_back(tmp_path):
+def test_attention_puts_the_number_of_threads_back(tmp_path):
     before = torch.get_num_threads()
     arguments = ("attention", "--shape", TINY, "--context", "64", "--arms", "sdpa", "--rounds", "3", "--ring", "1")
     measure(*arguments, "--threads", before + 1, out=tmp_path / "a.json")
@@ -344,6 +355,103 @@ def test_resident_sets_are_shown_and_drawn(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+# -------------------------------------------------------------------------------------------------------------- prefill
+
+
+@pytest.mark.usefixtures("models")
+def test_prefill_writes_all_rows_and_a_picture(tmp_path):
+    picture = tmp_path / "p.png"
+    result = measure(
+        "prefill", "--shape", "tiny", "--context", "1500", "--bits", "4,16", "--rounds", "3", "--out", picture,
+        out=tmp_path / "p.json",
+    )  # fmt: skip
+    assert result["benchmark"] == "prefill"
+    assert (result["settings"]["bits"], result["settings"]["contexts"]) == ([4, 16], [1500])
+    rows = {row["arm"]: row for row in result["rows"]}
+    assert list(rows) == ["inductor", "decoquant-4", "decoquant-16", "store-4", "store-16"]
+    base = rows["inductor"]["median"]
+    for arm, row in rows.items():
+        assert (len(row["seconds"]), row["note"]) == (3, "")
+        assert row["tokens_per_second"] == pytest.approx(1500 / row["median"])
+        if arm.startswith("store"):
+            assert row["ratios"] == {}
+            assert row["prefill_share"] == pytest.approx(row["median"] / base)
+        else:
+            assert row["ratios"] == {"Inductor": pytest.approx(base / row["median"])}
+            assert row["prefill_share"] is None
+    dense = 2 * 2 * 16 * 2 * 1500
+    assert rows["inductor"]["nbytes"] == pytest.approx(dense, rel=1e-3)
+    assert rows["decoquant-4"]["nbytes"] < 0.6 * dense
+    for bits in (4, 16):  # the cache holds its length as well
+        assert rows[f"decoquant-{bits}"]["nbytes"] == pytest.approx(rows[f"store-{bits}"]["nbytes"], rel=1e-3)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", [32, 100])  # a sliding window that the prompt fills, and one that it runs over
+def test_the_writes_of_a_prefill_are_those_of_the_rewritten_graph(monkeypatch, context):
+    calls, store = [], Kernels.store
+
+    def spy(self, state, new, positions, query, mask, *sizes_and_format):
+        layouts = [None if x is None else (x.shape, x.stride(), x.dtype) for x in (state, new, query)]
+        calls.append(repr((layouts, positions.tolist(), mask.tolist(), sizes_and_format)))
+        return store(self, state, new, positions, query, mask, *sizes_and_format)
+
+    monkeypatch.setattr(Kernels, "store", spy)
+    torch.compiler.reset()
+    model, whole, writes = gemma().eval(), decode.Arm("decoquant-4", None), decode.Arm("store-4", None)
+    prefill._whole(whole, model, context)()
+    assert decoquant_compile.nbytes(whole.cache).packed > 0
+    of_the_graph = sorted(calls)
+    calls.clear()
+    prefill._writes(writes, model, context)()
+    assert len(of_the_graph) == 4
+    assert sorted(calls) == of_the_graph
+
+
+@torch.no_grad()
+def test_every_prefill_takes_a_new_cache_over_and_none_compiles_again():
+    torch.compiler.reset()
+    arm = decode.Arm("decoquant-4", None)
+    call = prefill._whole(arm, llama().eval(), 100)
+    call()
+    first = arm.cache
+    with torch.compiler.set_stance("fail_on_recompile"):
+        call()
+    assert arm.cache is not first
+    assert decoquant_compile.nbytes(arm.cache).packed == decoquant_compile.nbytes(first).packed > 0
+
+
+def test_an_arm_that_rewrote_nothing_says_so():
+    cache = decode.empty_cache(llama(), 16)
+    assert decode.Arm("decoquant-4", cache).note() == "nothing was rewritten"
+    assert decode.Arm("inductor", cache).note() == ""
+
+
+@pytest.mark.usefixtures("models")
+def test_prefill_says_what_does_not_fit(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    rows = prefill.measure(decode.load("tiny"), "tiny", 100, prefill.Settings(threads=(1, 2)), lambda _: None)
+    arms = ["inductor", "decoquant-4", "store-4"]
+    assert [(row.threads, row.arm) for row in rows] == [(threads, arm) for threads in (1, 2) for arm in arms]
+    assert all(row.seconds == [] and "GiB of memory" in row.note for row in rows)
+
+
+def test_the_table_of_prefills_shows_the_share_of_the_writes():
+    rows = [Row("gemma", 512, 1, *arm) for arm in (("inductor", [2.0]), ("decoquant-4", [2.5]), ("store-4", [0.25]))]
+    prefill.compare(rows)
+    (table,) = report.tables("prefill", rows)
+    shown = {column.header: [cell.plain for cell in column.cells] for column in table.columns}
+    assert shown == {
+        "arm": ["inductor", "decoquant-4", "store-4"],
+        "median s": ["2.0000", "2.5000", "0.2500"],
+        "tokens/s": ["256.00", "204.80", "2048.00"],
+        "x Inductor": ["1.00", "0.80", ""],
+        "of prefill": ["", "", "12.5%"],
+        "note": ["", "", ""],
+    }
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 
 
@@ -366,7 +474,14 @@ def test_resident_sets_are_shown_and_drawn(tmp_path):
         (("attention", "--pages", "giant"), "'giant' is not one of 'huge', 'default'"),
         (("attention", "--out", "result.csv"), "expected a name that ends in .json or .png"),
         (("decode", "--out", "no/such/folder/a.json"), "there is no folder"),
-        (("prefill",), "No such command 'prefill'"),
+        (("prefill", "--shape", "llama8b"), "'llama8b' is not one of llama1b, gemma"),
+        (("prefill", "--context", "2m"), "'2m' is no context length"),
+        (("prefill", "--bits", "4,6"), "'6' is not one of 16, 8, 5, 4, 3, 2"),
+        (("prefill", "--threads", "two"), "'two': expected an integer from 1 to 9999"),
+        (("prefill", "--rounds", "2"), "2 is not in the range"),
+        (("prefill", "--out", "result.txt"), "expected a name that ends in .json or .png"),
+        (("prefill", "--arms", "inductor"), "No such option"),
+        (("train",), "No such command 'train'"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(arguments, message):

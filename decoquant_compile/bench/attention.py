@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from decoquant_compile.bench import memory
 from decoquant_compile.bench.memory import Pages, Ring
-from decoquant_compile.bench.timing import Row, interleave, relate
+from decoquant_compile.bench.timing import Row, interleave, on_threads, relate
 from decoquant_compile.kernels import ops, tiles
 from decoquant_compile.kernels.codec import Role
 from decoquant_compile.kernels.format import END, FITTED, NO_EPOCH, TOTAL, Format, Sections
@@ -402,23 +402,18 @@ def measure(shape: Shape, context: int, settings: Settings, tell: Callable[[str]
         arms += _packed_arms(step, shape, context, bits, settings)
     tell(f"{shape.name}, {context} tokens: filling dense float32 caches")
     arms += _dense_arms(step, shape, context, torch.float32, settings)
+    calls = {arm.name: arm.call for arm in arms if arm.call is not None}
     rows = []
-    before = torch.get_num_threads()
-    try:
-        for threads in settings.threads:
-            tell(f"{shape.name}, {context} tokens, {threads} threads")
-            torch.set_num_threads(threads)
-            torch.compiler.reset()  # Inductor's code is compiled for a number of threads
-            calls = {arm.name: arm.call for arm in arms if arm.call is not None}
+    for threads in settings.threads:
+        tell(f"{shape.name}, {context} tokens, {threads} threads")
+        with on_threads(threads):
             seconds = interleave(calls, rounds=settings.rounds, warm_up=WARM_UP)
-            measured = [
-                Row(shape.name, context, threads, arm.name, seconds.get(arm.name, []), arm.nbytes, arm.error, arm.note)
-                for arm in arms
-            ]
-            compare(measured)
-            rows += measured
-    finally:
-        torch.set_num_threads(before)
+        measured = [
+            Row(shape.name, context, threads, arm.name, seconds.get(arm.name, []), arm.nbytes, arm.error, arm.note)
+            for arm in arms
+        ]
+        compare(measured)
+        rows += measured
     return rows
 
 

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from decoquant_compile.bench import attention, decode, machine, memory, report
+from decoquant_compile.bench import attention, decode, machine, memory, prefill, report
 from decoquant_compile.bench.timing import Row
 
 _BITS: Final = ("16", "8", "5", "4", "3", "2")
@@ -85,15 +85,27 @@ _OUT: Final = click.option(
     help="Write the results as .json or draw them as .png; may be given again.",
 )
 _THREADS: Final = click.option("--threads", type=_several(_positive), default="1", show_default=True, metavar="N,...")
-_CONTEXT: Final = click.option(
-    "--context",
-    "contexts",
-    type=_several(_context),
-    default="512,4k,32k",
+_MODELS: Final = click.option(
+    "--shape",
+    "shapes",
+    type=_several(_choice(decode.MODELS)),
+    default="llama1b,gemma",
     show_default=True,
-    metavar="N,...",
-    help="Tokens in the cache.",
+    metavar="MODEL,...",
+    help=f"Of {', '.join(decode.MODELS)}.",
 )
+
+
+def _contexts(default: str, text: str = "Tokens in the cache.") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--context",
+        "contexts",
+        type=_several(_context),
+        default=default,
+        show_default=True,
+        metavar="N,...",
+        help=text,
+    )
 
 
 def _bits(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -164,6 +176,24 @@ class _Run:
             report.write(path, measured, rows)
 
 
+def _points(
+    shapes: Sequence[str],
+    contexts: Sequence[int],
+    measure: Callable[[Any, str, int, Callable[[str], object]], list[Row]],
+) -> list[Callable[[Callable[[str], object]], list[Row]]]:
+    """What `measure` does with each model, by its name, at each context length."""
+    models: dict[str, Any] = {}  # one at a time: the next shape displaces it
+
+    def point(shape: str, context: int, tell: Callable[[str], object]) -> list[Row]:
+        if shape not in models:
+            tell(f"loading {shape}")
+            models.clear()
+            models[shape] = decode.load(shape)
+        return measure(models[shape], shape, context, tell)
+
+    return [partial(point, shape, context) for shape, context in itertools.product(shapes, contexts)]
+
+
 @click.group(help="Measure decoquant-compile beside PyTorch on this machine.")
 def main() -> None:
     """Hold the commands."""
@@ -179,7 +209,7 @@ def main() -> None:
     metavar="SHAPE,...",
     help=f"Of {', '.join(attention.SHAPES)}, or BATCHxQUERY_HEADSxHEADSxHEAD_DIM.",
 )
-@_CONTEXT
+@_contexts("512,4k,32k")
 @_bits(",".join(_BITS))
 @_THREADS
 @_arms(attention.FAMILIES)
@@ -214,16 +244,8 @@ def attention_command(
 
 
 @main.command("decode", help=decode.__doc__)
-@click.option(
-    "--shape",
-    "shapes",
-    type=_several(_choice(decode.MODELS)),
-    default="llama1b,gemma",
-    show_default=True,
-    metavar="MODEL,...",
-    help=f"Of {', '.join(decode.MODELS)}.",
-)
-@_CONTEXT
+@_MODELS
+@_contexts("512,4k,32k")
 @_bits("4")
 @_THREADS
 @_arms(decode.ARMS)
@@ -243,19 +265,39 @@ def decode_command(
     """Whole steps."""
     settings = decode.Settings(tuple(map(int, bits)), arms, threads, rounds, resident)
     run = _Run("decode", asdict(settings) | {"shapes": shapes, "contexts": contexts}, out)
-    models: dict[str, Any] = {}  # one at a time: the next shape displaces it
 
-    def point(shape: str, context: int, tell: Callable[[str], object]) -> list[Row]:
-        if shape not in models:
-            tell(f"loading {shape}")
-            models.clear()
-            models[shape] = decode.load(shape)
-        rows = decode.measure(models[shape], shape, context, settings, tell)
+    def measure(model: Any, shape: str, context: int, tell: Callable[[str], object]) -> list[Row]:
+        rows = decode.measure(model, shape, context, settings, tell)
         if resident:
             decode.measure_resident(rows, tell)
         return rows
 
-    run([partial(point, shape, context) for shape, context in itertools.product(shapes, contexts)])
+    run(_points(shapes, contexts, measure))
+
+
+@main.command("prefill", help=prefill.__doc__)
+@_MODELS
+@_contexts("512,2k", "Tokens of the prompt.")
+@_bits("4")
+@_THREADS
+@click.option("--rounds", type=click.IntRange(min=3), default=3, show_default=True, help="Timed prefills of each arm.")
+@_OUT
+def prefill_command(
+    shapes: tuple[str, ...],
+    contexts: tuple[int, ...],
+    bits: tuple[str, ...],
+    threads: tuple[int, ...],
+    rounds: int,
+    out: tuple[pathlib.Path, ...],
+) -> None:
+    """Whole prompts."""
+    settings = prefill.Settings(tuple(map(int, bits)), threads, rounds)
+    run = _Run("prefill", asdict(settings) | {"shapes": shapes, "contexts": contexts}, out)
+
+    def measure(model: Any, shape: str, context: int, tell: Callable[[str], object]) -> list[Row]:
+        return prefill.measure(model, shape, context, settings, tell)
+
+    run(_points(shapes, contexts, measure))
 
 
 @main.command("resident", hidden=True)

@@ -119,14 +119,20 @@ def _random(heads: int, tokens: int, head_dim: int) -> Tensor:
     return torch.randn(1, heads, tokens, head_dim, generator=generator).bfloat16()
 
 
+def empty_cache(model: PreTrainedModel, slots: int) -> StaticCache:
+    """A static cache in bfloat16 without tokens; its tensors are there."""
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=slots)
+    cache.early_initialization(1, config.num_key_value_heads, config.head_dim, torch.bfloat16, torch.device("cpu"))
+    return cache
+
+
 def static_cache(model: PreTrainedModel, context: int, steps: int) -> StaticCache:
     """A static cache in which `context` random tokens stand and `steps` more have room.
 
     The tokens are standard normal, `TEMPLATE` different ones repeated.
     """
-    config = model.config
-    cache = StaticCache(config=config, max_cache_len=context + steps)
-    cache.early_initialization(1, config.num_key_value_heads, config.head_dim, torch.bfloat16, torch.device("cpu"))
+    cache = empty_cache(model, context + steps)
     layers: list[Any] = cache.layers
     for layer in layers:
         template = _random(layer.num_heads, TEMPLATE, layer.k_head_dim)
@@ -154,15 +160,20 @@ def quantized_cache(model: PreTrainedModel, context: int, backend: str) -> Quant
     return cache
 
 
+def slots_of_layers(model: PreTrainedModel, slots: int) -> list[int]:
+    """What each layer has of the `slots` of a static cache: a sliding window no more than the window."""
+    layers: list[Any] = StaticCache(config=model.config, max_cache_len=slots).layers
+    return [int(layer.max_cache_len) for layer in layers]
+
+
 def dense_bytes(model: PreTrainedModel, slots: int) -> int:
     """Bytes of a dense static cache of `slots`."""
     config = model.config
-    layers: list[Any] = StaticCache(config=config, max_cache_len=slots).layers
-    lengths = sum(int(layer.max_cache_len) for layer in layers)
-    return 2 * lengths * config.num_key_value_heads * config.head_dim * torch.bfloat16.itemsize
+    total = sum(slots_of_layers(model, slots))
+    return 2 * total * config.num_key_value_heads * config.head_dim * torch.bfloat16.itemsize
 
 
-def _held(cache: Any) -> int:
+def held_bytes(cache: Any) -> int:
     """Bytes of the tensors of a cache, quantised ones included."""
     if isinstance(cache, QuantizedCache):
         parts = [_plain([getattr(layer, name) for name in _HELD if hasattr(layer, name)]) for layer in cache.layers]
@@ -194,16 +205,12 @@ class Arm:
     """One model with its cache.
 
     Attributes:
-        name: as in the tables.
-        cache: it is decoded with.
-        backend: of `torch.compile`; None runs eagerly.
-        options: of the backend.
+        name: as in the tables; says how the model is compiled.
+        cache: it runs with.
     """
 
     name: str
     cache: Any
-    backend: Any = None
-    options: dict[str, Any] | None = None
 
     @classmethod
     def build(cls, name: str, model: PreTrainedModel, context: int, steps: int) -> "Arm":
@@ -228,18 +235,23 @@ class Arm:
             return arm
         if reason := memory.lack(nbytes if name == BASE else 2 * nbytes):  # while it is taken over, both are there
             raise NotRunError(reason)
-        cache = static_cache(model, context, steps)
-        if name == BASE:
-            return cls(name, cache, "inductor")
-        return cls(name, cache, decoquant_compile.decoquant_backend, {"bits": int(name.removeprefix("decoquant-"))})
+        return cls(name, static_cache(model, context, steps))
+
+    def forward(self, model: PreTrainedModel) -> Callable[..., Any]:
+        """The model's `forward`, compiled unless the arm runs eagerly."""
+        if self.name in _QUANTIZED:
+            return model.forward
+        backend: Any = "inductor"
+        options = None
+        if self.name != BASE:
+            backend, options = decoquant_compile.decoquant_backend, {"bits": int(self.name.removeprefix("decoquant-"))}
+        compiled: Any = torch.compile  # whose annotations lack the limit
+        # Each arm, and a cache before and after it is taken over, is an entry of the same code
+        return compiled(model.forward, backend=backend, options=options, recompile_limit=64)
 
     def step(self, model: PreTrainedModel) -> Callable[[], Tensor]:
         """A function that decodes one token."""
-        forward: Callable[..., Any] = model.forward
-        if self.backend is not None:
-            compiled: Any = torch.compile  # whose annotations lack the limit
-            # Each arm, and a cache before and after it is taken over, is an entry of the same code
-            forward = compiled(forward, backend=self.backend, options=self.options, recompile_limit=64)
+        forward = self.forward(model)
         token = torch.ones(1, 1, dtype=torch.long)
         return lambda: forward(input_ids=token, past_key_values=self.cache).logits
 
@@ -302,7 +314,7 @@ def measure(
                 torch.compiler.reset()  # Inductor's code is compiled for a number of threads
             calls = {arm.name: arm.step(model) for arm in arms}
             seconds = interleave(calls, rounds=settings.rounds, warm_up=WARM_UP)
-            held = {arm.name: _held(arm.cache) for arm in arms}
+            held = {arm.name: held_bytes(arm.cache) for arm in arms}
             measured = [
                 Row(shape, context, threads, name, seconds.get(name, []), held.get(name, 0), note=notes[name])
                 for name in settings.names()
@@ -345,5 +357,5 @@ def resident(shape: str, context: int, arm: str, threads: int) -> dict[str, int]
     return {
         "resident": psutil.Process().memory_info().rss,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "cache": _held(built.cache),
+        "cache": held_bytes(built.cache),
     }

@@ -14,9 +14,9 @@ from rich.text import Text
 from decoquant_compile.bench.attention import BASES
 from decoquant_compile.bench.timing import Row
 
-Benchmark = Literal["attention", "decode"]
+Benchmark = Literal["attention", "decode", "prefill"]
 
-_LINES: Final = {"attend": "-", "step": "-.", "read": ":", "decoquant": "-"}
+_LINES: Final = {"attend": "-", "step": "-.", "read": ":", "decoquant": "-", "store": ":"}
 """Line style by family."""
 
 
@@ -32,20 +32,23 @@ def _table(benchmark: Benchmark, title: str, rows: list[Row]) -> Table:
     table = Table(title=title, title_justify="left")
     attention = benchmark == "attention"
     bases = list(BASES) if attention else ["Inductor"]
-    cells: dict[str, Callable[[Row], str]] = {
-        "arm": lambda row: row.arm,
-        "median ms": lambda row: _milliseconds(row.median),
-    }
+    cells: dict[str, Callable[[Row], str]] = {"arm": lambda row: row.arm}
+    if benchmark == "prefill":
+        cells["median s"] = lambda row: _number(row.median, ".4f")
+    else:
+        cells["median ms"] = lambda row: _milliseconds(row.median)
     if attention:
         cells["p10 ms"] = lambda row: _milliseconds(row.p10)
         cells["GB/s"] = lambda row: _number(row.speed and row.speed / 1e9, ".1f")
         cells["of pure read"] = lambda row: _number(row.read_share, ".0%")
     else:
-        cells["tokens/s"] = lambda row: _number(row.median and 1 / row.median, ".2f")
+        cells["tokens/s"] = lambda row: _number(_tokens_per_second(benchmark, row), ".2f")
     for base in bases:
         cells[f"x {base}"] = partial(_ratio, base)
     if attention:
         cells["error"] = lambda row: _number(row.error, ".1e")
+    elif benchmark == "prefill":
+        cells["of prefill"] = lambda row: _number(row.prefill_share, ".1%")
     else:
         cells["cache MiB"] = lambda row: _number(row.nbytes / 2**20 if row.seconds else None, ".1f")
         if any(row.resident is not None for row in rows):
@@ -63,6 +66,10 @@ def _ratio(base: str, row: Row) -> str:
     return _number(row.ratios.get(base), ".2f")
 
 
+def _tokens_per_second(benchmark: Benchmark, row: Row) -> float | None:
+    return row.median and (row.context if benchmark == "prefill" else 1) / row.median
+
+
 def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:.3f}" if seconds < 0.1 else f"{seconds * 1e3:.1f}"
 
@@ -75,17 +82,17 @@ def document(
     benchmark: Benchmark, machine: dict[str, str | int], settings: dict[str, Any], rows: Sequence[Row]
 ) -> dict[str, Any]:
     """Everything measured, for JSON: each call by itself and the statistics of the tables; in seconds and bytes."""
+
+    def speed(row: Row) -> dict[str, float | None]:
+        if benchmark == "attention":
+            return {"bytes_per_second": row.speed}
+        return {"tokens_per_second": _tokens_per_second(benchmark, row)}
+
     return {
         "benchmark": benchmark,
         "machine": machine,
         "settings": settings,
-        "rows": [
-            asdict(row) | {"median": row.median, "p10": row.p10, "bytes_per_second": row.speed}
-            if benchmark == "attention"
-            else asdict(row)
-            | {"median": row.median, "p10": row.p10, "tokens_per_second": row.median and 1 / row.median}
-            for row in rows
-        ],
+        "rows": [asdict(row) | {"median": row.median, "p10": row.p10} | speed(row) for row in rows],
     }
 
 
@@ -98,7 +105,7 @@ def write(path: pathlib.Path, measured: dict[str, Any], rows: Sequence[Row]) -> 
 
 
 def _plot(path: pathlib.Path, benchmark: Benchmark, rows: Sequence[Row]) -> None:
-    """A column for each shape and number of threads; by context length, time or speed, ratios, and resident sets."""
+    """A column for each shape and number of threads; by context length, time or speed, ratios, shares, memory."""
     import matplotlib as mpl  # noqa: PLC0415  # only a picture needs it
 
     mpl.use("Agg")
@@ -108,9 +115,11 @@ def _plot(path: pathlib.Path, benchmark: Benchmark, rows: Sequence[Row]) -> None
     curves: dict[str, Callable[[Row], float | None]] = {}
     if benchmark == "attention":
         curves["ms, median"] = lambda row: row.median and row.median * 1e3
-    else:
-        curves["tokens per second"] = lambda row: row.median and 1 / row.median
+    else:  # of whole calls of the model, which are what is compared with the base
+        curves["tokens per second"] = lambda row: _tokens_per_second(benchmark, row) if row.ratios else None
     curves[f"times faster than {base}"] = lambda row: row.ratios.get(base)
+    if benchmark == "prefill":
+        curves["% of the prefill"] = lambda row: row.prefill_share and row.prefill_share * 100
     if any(row.resident is not None for row in rows):
         curves["resident set, GiB"] = lambda row: row.resident and row.resident / 2**30
     panels = list(dict.fromkeys((row.shape, row.threads) for row in rows))
@@ -121,7 +130,7 @@ def _plot(path: pathlib.Path, benchmark: Benchmark, rows: Sequence[Row]) -> None
     figure, axes = plt.subplots(len(curves), len(panels), figsize=size, squeeze=False, layout="constrained")
     for column, (shape, threads) in zip(axes.T, panels, strict=True):
         column[0].set_title(f"{shape}, {threads} thread{'s' if threads > 1 else ''}")
-        column[-1].set_xlabel("tokens in the cache")
+        column[-1].set_xlabel("tokens in the prompt" if benchmark == "prefill" else "tokens in the cache")
         for axis, (label, curve) in zip(column, curves.items(), strict=True):
             for arm in arms:
                 points = sorted(

@@ -1,11 +1,14 @@
 """Interleaved timing and the arithmetic of its results."""
 
+import contextlib
 import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 
 @dataclass
@@ -18,13 +21,14 @@ class Row:
         threads: torch's threads.
         arm: what was measured.
         seconds: of each call; empty if the arm did not run, and `note` says why.
-        nbytes: `attention`: bytes read by one call; `decode`: bytes that the cache holds.
+        nbytes: `attention`: bytes read by one call; `decode`, `prefill`: bytes that the cache holds.
         error: relative error against dense attention over the dequantised cache; None if not checked.
         note: more about the arm.
         resident: resident set in bytes of a process that runs this arm alone; None if not measured.
         peak: the highest it was.
         ratios: how many times faster than the arms of that name.
         read_share: bytes per second as a share of those of the pure read; None if not measured.
+        prefill_share: seconds of the writes of a prefill as a share of plain Inductor's; None for other arms.
     """
 
     shape: str
@@ -39,6 +43,7 @@ class Row:
     peak: int | None = None
     ratios: dict[str, float] = field(default_factory=dict)
     read_share: float | None = None
+    prefill_share: float | None = None
 
     @property
     def median(self) -> float | None:
@@ -93,6 +98,18 @@ def interleave(
         if collecting:
             gc.enable()
     return seconds
+
+
+@contextlib.contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Gives torch `count` threads; Inductor's code is compiled for a number of them, so what there is of it goes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    torch.compiler.reset()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def relate(rows: Iterable[Row], bases: Mapping[str, Sequence[str]]) -> None:
