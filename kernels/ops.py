@@ -87,7 +87,8 @@ def _register(
     schema: str, anywhere: Callable[..., Any], on_cpu: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # Any strides will do: else Inductor makes a copy of each argument that it has not laid out yet, at each use.
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, on_cpu, "CPU")
     torch.library.register_fake(f"decoquant::{name}", fake, lib=_LIBRARY)

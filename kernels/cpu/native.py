@@ -20,7 +20,7 @@ from decoquant_compile.kernels.format import Format
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASKS: Final = {**_DTYPES, torch.bool: 3}
 
-_NO_ARRAY: Final = (0, 0, 0, 0, 0, 0)
+_NO_ARRAY: Final[tuple[int, ...]] = (0, 0, 0, 0, 0, 0)
 
 _ATTEND: Final = struct.Struct("@4q 6q 2q 6q 6q q q 6q 2d 2q 6q q q 2q")
 """`Attend` of attend.cpp."""
@@ -214,13 +214,13 @@ class Kernels:
             query_heads = query_shape[1]
             wrong = wrong or query_heads % heads != 0 or query_shape[::2] != shape[::2]
             wrong = wrong or query_shape[3] != head_dim
-        mask_array, mask_sizes = _NO_ARRAY, (0, 0, 0)
+        mask_array, mask_sizes = _NO_ARRAY, _NO_ARRAY[:3]
         if mask is not None:
             mask_shape = mask.shape
             wrong = wrong or len(mask_shape) != 4 or mask_shape[0] not in (1, batch)
             if not wrong:
                 mask, mask_array = _mask(mask)
-                mask_sizes = mask_shape[1:]
+                mask_sizes = tuple(mask_shape[1:])
         if rows is not None:
             wrong = wrong or rows.shape != (batch, tokens) or rows.dtype != torch.bool
             rows = rows.contiguous()
