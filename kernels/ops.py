@@ -21,8 +21,8 @@ _STORE: Final = (
 )
 _ATTEND: Final = (
     "attend_v2(Tensor query, Tensor key_state, Tensor value_state, Tensor key, Tensor value, Tensor positions,"
-    " Tensor? mask, float? scale, float? softcap, SymInt slots, SymInt first, SymInt length, str key_format, str value_format)"
-    " -> Tensor"
+    " Tensor? mask, float? scale, float? softcap, SymInt slots, SymInt first, SymInt length,"
+    " str key_format, str value_format) -> Tensor"
 )
 _DEQUANTISE: Final = "dequantise_v2(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format) -> Tensor"
 
@@ -83,9 +83,7 @@ def _dequantise_fake(state: Tensor, batch: int, heads: int, slots: int, format: 
     return state.new_empty((batch, heads, slots, form.head_dim), dtype=form.dtype)
 
 
-def _register(
-    schema: str, anywhere: Callable[..., Any], on_cpu: Callable[..., Any], fake: Callable[..., Any]
-) -> None:
+def _register(schema: str, anywhere: Callable[..., Any], on_cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema.partition("(")[0]
     # Any strides will do: else Inductor makes a copy of each argument that it has not laid out yet, at each use.
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))

@@ -324,6 +324,7 @@ def _first_fits(sections: Sections, tokens: _Tokens, copies: _Copies, origin: in
 def check_write(
     new: Tensor, positions: Tensor, query: Tensor | None, mask: Tensor | None, rows: Tensor | None, form: Format
 ) -> None:
+    """Raises a ValueError if the arguments of `store` do not fit together."""
     if new.dim() != 4 or new.shape[3] != form.head_dim:
         raise ValueError(f"new must be [batch, heads, tokens, {form.head_dim}], got {tuple(new.shape)}")
     batch, heads, count, _ = new.shape
@@ -651,6 +652,7 @@ def check_attend(
     kf: Format,
     vf: Format,
 ) -> None:
+    """Raises a ValueError if the arguments of `attend` do not fit together."""
     if kf.role != "key" or vf.role != "value":
         raise ValueError(f"attend needs the formats of a key and of a value cache, got {kf.key()} and {vf.key()}")
     batch, heads, count = key.shape[:3]

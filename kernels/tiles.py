@@ -1,9 +1,10 @@
 """Where codes lie: bit planes in tiles that a vector unit reads without shuffling.
 
-A code of several bits is split over planes (5 = 4 + 1, 3 = 2 + 1). In a plane of ``width`` bits four neighbours, channels
-of keys or tokens of values, share the four bytes of a 32-bit lane, one byte each; byte lane ``h`` (bits ``h * width`` and
-up) holds the ``h``-th such group. Sixteen lanes, tokens of keys or channels of values, make a row of 64 bytes. So a
-dot product over channels (keys) or tokens (values) runs down the rows, for sixteen tokens or channels at once::
+A code of several bits is split over planes (5 = 4 + 1, 3 = 2 + 1). In a plane of ``width`` bits four neighbours,
+channels of keys or tokens of values, share the four bytes of a 32-bit lane, one byte each; byte lane ``h`` (bits
+``h * width`` and up) holds the ``h``-th such group. Sixteen lanes, tokens of keys or channels of values, make a row of
+64 bytes. So a dot product over channels (keys) or tokens (values) runs down the rows, for sixteen tokens or channels
+at once::
 
     keys    [batch, heads, tokens / 16, channels * width / 32, 16 tokens, 4]
             channel = row * (32 / width) + 4 h + j

@@ -27,6 +27,10 @@ _ATTEND: Final = struct.Struct("@4q 6q 2q 6q 6q q q 6q 2d 2q 6q q q 2q")
 _CACHES_DIFFER, _DENSE_IS_ALL = 1, 2
 """Results of `decoquant_attend`."""
 
+_LARGEST_SUM: Final = 1e4
+"""Larger logarithms of sums are too coarse to merge by (a mask adds the least number everywhere); nan may come of a
+key that is masked."""
+
 _STORE: Final = struct.Struct("@2q 6q 2q 6q q 6q 3q q 2q 2q")
 """`Store` of store.cpp."""
 
@@ -294,7 +298,8 @@ class Kernels:
         mask_array = _NO_ARRAY
         if mask is not None and right:
             right = _broadcasts(mask.shape, (batch, query_heads, queries, length))
-            mask, mask_array = _mask(mask)
+            if right:
+                mask, mask_array = _mask(mask)
         if not right:
             return reference.attend(*operands, keys.form, values.form)  # which raises, or has nothing to attend to
 
@@ -384,6 +389,8 @@ def _attend_new(
         admitted = (part > -math.inf).any(-1)
         mask = part
     out, sums = flash_attention_cpu(query, key, value, mask, scale)
+    if not bool((sums.abs() < _LARGEST_SUM).all()):  # nan as well
+        return None
     if admitted is not None:
         sums = sums.masked_fill(~admitted, -math.inf)
     return _Dense(out.contiguous(), sums.contiguous())

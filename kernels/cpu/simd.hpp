@@ -83,13 +83,10 @@ DECOQUANT_INLINE float largest(Floats x) {
 }
 
 DECOQUANT_INLINE uint32_t sum(Words x) {
-#if defined(__AVX512VNNI__)
-  return static_cast<uint32_t>(_mm512_reduce_add_epi32((__m512i)x));
-#else
-  uint32_t total = x[0];
-  DECOQUANT_UNROLL for (int i = 1; i < WIDTH; ++i) total += x[i];
+  uint32_t lanes[WIDTH], total = 0;
+  store(lanes, x);
+  for (const uint32_t lane : lanes) total += lane;
   return total;
-#endif
 }
 
 // Rounds to nearest even; |x| below 2^22.

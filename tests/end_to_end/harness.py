@@ -14,6 +14,14 @@ from decoquant_compile import CacheTensor
 # it (operators, aliasing, symbolic sizes, order of reads and writes) is the same. Some tests use the default.
 ATEN_KERNELS = {"fallback_by_default": True, "selective_decompose": True}
 
+NOISE = 2e-5
+
+
+def noise(bits):
+    """What logits may differ by in floats: a packed cache is read with queries and weights of 15 bits."""
+    return NOISE if bits == 16 else 1e-3
+
+
 # So small that nearly every token is read from its code.
 SMALL = {"sinks": 2, "window": 8}
 

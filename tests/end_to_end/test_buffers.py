@@ -5,10 +5,8 @@ import copy
 import pytest
 import torch
 
-from tests.end_to_end.harness import SMALL, assert_packed, distance, packing, shown, write_forms
+from tests.end_to_end.harness import SMALL, assert_packed, distance, noise, packing, shown, write_forms
 from tests.end_to_end.models import BufferModel, prompts
-
-NOISE = 2e-5
 
 
 def buffers(model):
@@ -35,7 +33,7 @@ class Pair:
         for size, tokens in zip(chunks, ids.split(chunks, 1), strict=True):
             got = self.forward(*arguments(tokens, start))
             twin = self.twin if self.bits == 16 else shown(self.model)
-            assert distance(got, twin(*arguments(tokens, start))) < NOISE, (start, size)
+            assert distance(got, twin(*arguments(tokens, start))) < noise(self.bits), (start, size)
             start += size
 
     def clear(self):

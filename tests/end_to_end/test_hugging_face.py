@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from tests.end_to_end.harness import (
+    NOISE,
     SMALL,
     assert_packed,
     distance,
     feed,
+    noise,
     packing,
     shown,
     static_cache,
@@ -25,7 +27,6 @@ FORMS = {
     "gemma3": {"index_copy", "roll", "append", "replace"},
 }
 
-NOISE = 2e-5
 """Standard deviations of the logits; float32 gives 3e-6."""
 
 LOSS = {8: 0.02, 5: 0.15, 4: 0.3, 3: 0.5, 2: 1.0}
@@ -138,7 +139,7 @@ def test_logits_are_those_of_the_dense_model_over_the_cache_that_the_handles_sho
             chunk, before = ids[:, at : at + size], copy.deepcopy(cache)
             got = forward(input_ids=chunk, past_key_values=cache).logits
             expected = model(input_ids=chunk, past_key_values=unwound(cache, before, size)).logits
-            assert distance(got, expected) < NOISE, at
+            assert distance(got, expected) < noise(bits), at
             logits.append(got)
             at += size
         assert_packed(tensors(cache))

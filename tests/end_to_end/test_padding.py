@@ -4,10 +4,9 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from tests.end_to_end.harness import SMALL, assert_packed, distance, feed, packing, static_cache, tensors
+from tests.end_to_end.harness import NOISE, SMALL, assert_packed, distance, feed, packing, static_cache, tensors
 from tests.end_to_end.models import hugging_face, prompts
 
-NOISE = 2e-5
 FLIPS = 1e-2
 """Standard deviations: rounding may move single elements to a neighbouring code; 4 bits as a whole cost 0.1 to 1."""
 

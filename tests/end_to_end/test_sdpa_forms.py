@@ -7,10 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from decoquant_compile import restore
-from tests.end_to_end.harness import SMALL, assert_packed, packing
+from tests.end_to_end.harness import SMALL, assert_packed, noise, packing
 
 BATCH, HEADS, GROUPS, SLOTS, CHANNELS = 2, 2, 2, 32, 16
-NOISE = 2e-5
 
 FORMS = {}
 
@@ -160,5 +159,5 @@ def test_attention_is_that_over_the_content_of_the_cache(name):
                 if bits != 16:  # the call's own tokens are written again, exactly
                     dense = [restore(cache.clone()) for cache in caches]
                 expected = function(qkv, *dense, positions, mask)
-                torch.testing.assert_close(got, expected, rtol=0, atol=NOISE)
+                torch.testing.assert_close(got, expected, rtol=0, atol=noise(bits))
         assert_packed(caches)

@@ -25,6 +25,15 @@ def native(request):
     return kernels_of(request.param)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _alone():
+    """One thread: pools of workers side by side would wait for each other, most of all in small operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def threads():
     """Sets torch's number of threads until the end of the test."""
