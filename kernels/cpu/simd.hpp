@@ -91,26 +91,37 @@ DECOQUANT_INLINE uint32_t sum(Words x) {
 
 // Rounds to nearest even; |x| below 2^22.
 DECOQUANT_INLINE Ints to_ints(Floats x) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_cvtps_epi32((__m512)x);
+#else
   const Floats magic = splat(12582912.0f);  // 1.5 * 2^23
   return (Ints)(x + magic) - (Ints)magic;
+#endif
 }
 
-// e^x within 2 ulp; 0 below -87, x at most 0; nan stays nan.
+// e^x within 1e-5; 0 below -87, x at most 0; nan stays nan.
 DECOQUANT_INLINE Floats exponential(Floats x) {
+#if defined(__AVX512VNNI__)
+  const __m512 scaled = _mm512_mul_ps((__m512)x, _mm512_set1_ps(1.44269504f));
+  const Floats n = (Floats)_mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Floats r = fused(n, splat(-0.693147181f), x);
+#else
   const Floats clipped = select(x < -87.0f, splat(-87.0f), x);
   const Ints n = to_ints(clipped * 1.44269504f);
-  const Floats whole = __builtin_convertvector(n, Floats);
-  Floats r = fused(whole, splat(-0.693145752f), clipped);  // ln 2 in two parts
-  r = fused(whole, splat(-1.42860677e-6f), r);
-  Floats p = splat(1.9875691500e-4f);  // Cephes expf
-  p = fused(p, r, splat(1.3981999507e-3f));
-  p = fused(p, r, splat(8.3334519073e-3f));
+  const Floats r = fused(__builtin_convertvector(n, Floats), splat(-0.693147181f), clipped);
+#endif
+  Floats p = splat(8.3334519073e-3f);  // Cephes expf, a degree less
   p = fused(p, r, splat(4.1665795894e-2f));
   p = fused(p, r, splat(1.6666665459e-1f));
   p = fused(p, r, splat(5.0000001201e-1f));
-  p = fused(p * r, r, r + 1.0f);
-  const Floats scale = (Floats)((n + 127) << 23);
-  return select(x < -87.0f, Floats{}, p * scale);
+  p = fused(p, r, splat(1.0f));
+  p = fused(p, r, splat(1.0f));
+#if defined(__AVX512VNNI__)
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  return (Floats)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
+#else
+  return select(x < -87.0f, Floats{}, p * (Floats)((n + 127) << 23));
+#endif
 }
 
 DECOQUANT_INLINE Floats from_half(const uint16_t* from) {
@@ -183,7 +194,7 @@ struct Float16 {
 // ------------------------------------------------------------------------------------------------------ dot products
 
 // The quantised factor of a dot product: two 32-bit words for each quad of neighbours.
-//   AVX-512: the high and the low limb, four signed bytes each, value = 128 * high + low
+//   AVX-512: the high and the low limb, four signed bytes each, value = 128 * high + low, low from 0 to 127
 //   else:    neighbours 0 and 2, 1 and 3, as signed 16-bit numbers
 #if defined(__AVX512VNNI__)
 constexpr int32_t FACTOR_LIMIT = 127 * 128 - 1;
@@ -195,7 +206,7 @@ DECOQUANT_INLINE void split_quad(const int32_t* value, int32_t* first, int32_t* 
   uint32_t a = 0, b = 0;
 #if defined(__AVX512VNNI__)
   for (int j = 0; j < QUAD; ++j) {
-    const int32_t high = (value[j] + 64) >> 7;
+    const int32_t high = value[j] >> 7;
     a |= static_cast<uint32_t>(static_cast<uint8_t>(high)) << (8 * j);
     b |= static_cast<uint32_t>(static_cast<uint8_t>(value[j] - 128 * high)) << (8 * j);
   }
@@ -210,9 +221,8 @@ DECOQUANT_INLINE void split_quad(const int32_t* value, int32_t* first, int32_t* 
 // `split_quad` for the quads of a register.
 DECOQUANT_INLINE void split_quads(Ints value, int32_t* first, int32_t* second) {
 #if defined(__AVX512VNNI__)
-  const Ints high = (value + 64) >> 7;
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm512_cvtepi32_epi8((__m512i)high));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm512_cvtepi32_epi8((__m512i)(value - (high << 7))));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm512_cvtepi32_epi8((__m512i)(value >> 7)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm512_cvtepi32_epi8((__m512i)(value & 127)));
 #else
   int32_t values[WIDTH];
   store(values, value);
