@@ -19,7 +19,7 @@ NOISE = 2e-5
 
 def noise(bits):
     """What logits may differ by in floats: a packed cache is read with queries and weights of 15 bits."""
-    return NOISE if bits == 16 else 1e-3
+    return NOISE if bits == 16 else 2e-3
 
 
 # So small that nearly every token is read from its code.
