@@ -83,18 +83,28 @@ def _dequantise_fake(state: Tensor, batch: int, heads: int, slots: int, format: 
     return state.new_empty((batch, heads, slots, form.head_dim), dtype=form.dtype)
 
 
-def _register(schema: str, anywhere: Callable[..., Any], on_cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _native_or(portable: Callable[..., Any], method: str) -> Callable[..., Any]:
+    """The C++ kernel of that name, or `portable` where the kernels cannot be built."""
+
+    def run(*args: object, **kwargs: object) -> Any:
+        native = cpu.kernels()
+        return (portable if native is None else getattr(native, method))(*args, **kwargs)
+
+    return run
+
+
+def _register(schema: str, portable: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema.partition("(")[0]
     # Any strides will do: else Inductor makes a copy of each argument that it has not laid out yet, at each use.
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-    _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, on_cpu, "CPU")
+    _LIBRARY.impl(name, portable, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _native_or(portable, name.partition("_")[0]), "CPU")
     torch.library.register_fake(f"decoquant::{name}", fake, lib=_LIBRARY)
 
 
-_register(_STORE, _store, cpu.store, _store_fake)
-_register(_ATTEND, _attend, cpu.attend, _attend_fake)
-_register(_DEQUANTISE, _dequantise, cpu.dequantise, _dequantise_fake)
+_register(_STORE, _store, _store_fake)
+_register(_ATTEND, _attend, _attend_fake)
+_register(_DEQUANTISE, _dequantise, _dequantise_fake)
 
 store: Final = torch.ops.decoquant.store_v2.default
 """`reference.store` with the format as a key."""

@@ -1,7 +1,6 @@
 """Memory that both sides of a comparison share: 2 MB pages, rings of caches too large for any CPU cache."""
 
 import math
-import mmap
 import pathlib
 from collections.abc import Sequence
 from typing import Final, Generic, Literal, TypeVar
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor
 
 from decoquant_compile.kernels import cpu
+from decoquant_compile.kernels.cpu import memory as pages
 
 Pages = Literal["huge", "default"]
 
-_HUGE_PAGE: Final = 2**21
 _RESERVE: Final = 2**30
 """Bytes that a benchmark leaves to the rest of the machine and to its own temporaries."""
 
@@ -22,20 +21,11 @@ T = TypeVar("T")
 
 
 def huge(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised contiguous tensor that starts on a 2 MB boundary, in 2 MB pages where the system gives them.
-
-    The advice must come before the first touch, which torch's own allocator cannot promise.
-    """
+    """A contiguous tensor of zeros that starts on a 2 MB boundary, in 2 MB pages where the system gives them."""
     count = math.prod(shape)
     if count == 0:
         return torch.empty(tuple(shape), dtype=dtype)
-    nbytes = count * dtype.itemsize
-    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping alive
-    offset = -whole.data_ptr() % _HUGE_PAGE
-    return whole[offset : offset + nbytes].view(dtype).view(tuple(shape))
+    return pages.huge(count * dtype.itemsize).view(dtype).view(tuple(shape))
 
 
 def huge_bytes() -> int:

@@ -10,15 +10,15 @@
 #include <limits>
 #include <vector>
 
-#include "blocks.hpp"
+#include "exact.hpp"
 #include "parallel.hpp"
 #include "rotation.hpp"
+#include "rows.hpp"
 
 namespace decoquant {
 namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
-constexpr int64_t BOOL = 3;  // dtype of a mask, beyond `Dtype`
 constexpr int SPLITS_PER_THREAD = 4;
 constexpr int64_t SPANS_PER_SPLIT = 8;
 
@@ -49,62 +49,6 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------------- kernels
 
-// scores[row][i] = query[row] . token[i]; query rows have whole registers, padded with zeros.
-using ExactScores = void (*)(const void* const* tokens, int64_t count, int64_t size, const float* query,
-                             int64_t query_stride, float* scores);
-// out[row] += weight[row][i] * token[i]; rows of out have whole registers.
-using ExactMix = void (*)(const void* const* tokens, int64_t count, int64_t size, const float* weights,
-                          float* out, int64_t out_stride);
-
-// The last, partial register of a token, padded with zeros.
-template <class Type>
-DECOQUANT_INLINE Floats tail(const typename Type::type* from, int64_t count) {
-  typename Type::type padded[WIDTH] = {};
-  memcpy(padded, from, count * sizeof(*from));
-  return Type::load(padded);
-}
-
-template <class Type, int GROUP>
-void exact_scores(const void* const* tokens, int64_t count, int64_t size, const float* query, int64_t query_stride,
-                  float* scores) {
-  for (int64_t i = 0; i < count; ++i) {
-    const auto* token = static_cast<const typename Type::type*>(tokens[i]);
-    Floats sums[GROUP] = {};
-    int64_t c = 0;
-    for (; c + WIDTH <= size; c += WIDTH) {
-      const Floats x = Type::load(token + c);
-      DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
-        sums[row] = fused(x, load<Floats>(query + row * query_stride + c), sums[row]);
-      }
-    }
-    if (c < size) {
-      const Floats x = tail<Type>(token + c, size - c);
-      DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
-        sums[row] = fused(x, load<Floats>(query + row * query_stride + c), sums[row]);
-      }
-    }
-    DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) scores[row * BLOCK + i] = sum(sums[row]);
-  }
-}
-
-template <class Type, int GROUP>
-void exact_mix(const void* const* tokens, int64_t count, int64_t size, const float* weights, float* out,
-               int64_t out_stride) {
-  for (int64_t c = 0; c < size; c += WIDTH) {
-    Floats sums[GROUP];
-    DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) sums[row] = load<Floats>(out + row * out_stride + c);
-    const bool whole = c + WIDTH <= size;
-    for (int64_t i = 0; i < count; ++i) {
-      const auto* token = static_cast<const typename Type::type*>(tokens[i]) + c;
-      const Floats x = whole ? Type::load(token) : tail<Type>(token, size - c);
-      DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
-        sums[row] = fused(x, splat(weights[row * BLOCK + i]), sums[row]);
-      }
-    }
-    DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) store(out + row * out_stride + c, sums[row]);
-  }
-}
-
 // The kernels of one group size.
 struct Kernels {
   int group;
@@ -133,29 +77,6 @@ Kernels choose(int64_t rows, const Layout& key, const Layout& value) {
                    {exact_scores<Float32, GROUP>, exact_scores<BFloat16, GROUP>, exact_scores<Float16, GROUP>},
                    {exact_mix<Float32, GROUP>, exact_mix<BFloat16, GROUP>, exact_mix<Float16, GROUP>}};
   });
-}
-
-float read_float(const void* data, int64_t dtype, int64_t index) {
-  if (dtype == FLOAT32) return static_cast<const float*>(data)[index];
-  const uint16_t x = static_cast<const uint16_t*>(data)[index];
-  if (dtype == BFLOAT16) return from_bfloat16(x);
-  uint16_t padded[WIDTH] = {x};
-  return from_half(padded)[0];
-}
-
-void write_float(void* data, int64_t dtype, int64_t index, float x) {
-  if (dtype == FLOAT32) {
-    static_cast<float*>(data)[index] = x;
-  } else {
-    static_cast<uint16_t*>(data)[index] = dtype == BFLOAT16 ? to_bfloat16(x) : to_half(x);
-  }
-}
-
-int64_t item_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
-
-const char* element(const Array& array, int64_t a, int64_t b, int64_t c) {
-  const int64_t index = a * array.stride[0] + b * array.stride[1] + c * array.stride[2];
-  return static_cast<const char*>(array.data) + index * item_size(array.dtype);
 }
 
 // ------------------------------------------------------------------------------------------------------------ the axis
@@ -229,7 +150,7 @@ void list_exact(const Attend& call, const Layout& layout, const void* state, int
 
 enum class Admits { ALL, SOME, NONE };
 
-// The additive form of `count` columns of a mask.
+// The additive form of `count` columns of a mask; `bias` has room for whole registers.
 Admits read_mask(const Attend& call, int64_t row, int64_t head, int64_t query, int64_t column, int64_t count, float* bias) {
   const Array& mask = call.mask;
   const int64_t index =
@@ -249,8 +170,9 @@ Admits read_mask(const Attend& call, int64_t row, int64_t head, int64_t query, i
       none &= !admitted;
     }
   } else {
+    const char* from = static_cast<const char*>(mask.data) + index * item_size(mask.dtype);
+    load_row(mask.dtype, from, mask.stride[3], count, bias);
     for (int64_t i = 0; i < count; ++i) {
-      bias[i] = read_float(mask.data, mask.dtype, index + i * mask.stride[3]);
       all &= bias[i] == 0;
       none &= bias[i] == -INFINITE;
     }
@@ -334,8 +256,8 @@ class Task {
   void run(int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) span(plan_.spans[i]);
     flush();
+    apply_out_decay();
     for (int i = 0; i < group_; ++i) {
-      for (int64_t c = 0; c < value_.head_dim; ++c) out_[i * plan_.out_stride + c] *= out_decay_[i];
       if (poisoned_[i]) sums_[i] = std::numeric_limits<float>::quiet_NaN();
     }
   }
@@ -350,11 +272,11 @@ class Task {
   void load_query() {
     queries_.assign(group_ * plan_.query_stride, 0.0f);
     for (int i = 0; i < group_; ++i) {
-      const char* from = element(call_.query, row_, rows_.head[i], rows_.query[i]);
       float* to = queries_.data() + i * plan_.query_stride;
+      load_row(call_.query.dtype, row_of(call_.query, row_, rows_.head[i], rows_.query[i]), 1, key_.head_dim, to);
       float check = 0;
       for (int64_t c = 0; c < key_.head_dim; ++c) {
-        to[c] = read_float(from, call_.query.dtype, c) * static_cast<float>(call_.scale);
+        to[c] *= static_cast<float>(call_.scale);
         check += to[c] * 0.0f;
       }
       // The integer arithmetic knows no nan: a query with one, or with an infinity, gets nan as in a dense attention.
@@ -369,7 +291,7 @@ class Task {
     int32_t* factor = factors_.data() + set * key_.padded_dim * group_ / 2;
     if (!fold.ready) {
       fold.ready = true;
-      const int64_t at_set = ((row_ * key_.sets + set) * key_.heads + head_) * key_.head_dim;
+      const int64_t at_set = set_offset(key_, row_, set, head_);
       const uint16_t* means = at<uint16_t>(call_.key_state, key_.means) + at_set;
       const uint16_t* scales = at<uint16_t>(call_.key_state, key_.scales) + at_set;
       const auto limit = static_cast<float>(
@@ -405,7 +327,7 @@ class Task {
     return {factor, fold.shift, fold.scale, fold.mean};
   }
 
-  // Calls each(set, mask or null) for the parameter sets that tokens [begin, end) of a block name; null: all of them.
+  // Calls each(set, epochs) for the parameter sets that tokens [begin, end) of a block name; null: all have this one.
   template <class Each>
   void for_each_set(const uint8_t* epochs, int64_t begin, int64_t end, const Each& each) {
     if (memcmp(epochs + begin, epochs + begin + 1, end - begin - 1) == 0) {
@@ -462,7 +384,7 @@ class Task {
   }
 
   const void* exact_token(const Layout& layout, const void* state, const Array& fresh, const Exact& exact) const {
-    if (exact.source == Exact::NEW) return element(fresh, row_, head_, exact.index);
+    if (exact.source == Exact::NEW) return row_of(fresh, row_, head_, exact.index);
     const bool sink = exact.source == Exact::SINK;
     const int64_t slots = sink ? layout.sinks : layout.window;
     const int64_t index = ((row_ * layout.heads + head_) * slots + exact.index) * layout.head_dim;
@@ -587,8 +509,7 @@ class Task {
     for (int i = 0; i < group_; ++i) {
       const float peak = std::max(maxima_[i], 0.0f);
       const float factor = maxima_[i] == -INFINITE ? 0.0f : std::exp(maxima_[i] - peak);
-      decay_[i] *= factor;
-      out_decay_[i] *= factor;
+      decay(i, factor);
       maxima_[i] = peak;
       sums_[i] = sums_[i] * factor + static_cast<float>(count) * std::exp(-peak);
     }
@@ -598,10 +519,13 @@ class Task {
   void softmax() {
     float factor[MAX_GROUP];
     plan_.kernels.softmax(scores_, maxima_, sums_, factor);
-    for (int i = 0; i < group_; ++i) {
-      decay_[i] *= factor[i];
-      out_decay_[i] *= factor[i];
-    }
+    for (int i = 0; i < group_; ++i) decay(i, factor[i]);
+  }
+
+  // Scales a row's sums over values, when it is next convenient.
+  void decay(int i, float factor) {
+    decay_[i] *= factor;
+    out_decay_[i] *= factor;
   }
 
   void apply_out_decay() {
@@ -634,7 +558,7 @@ class Task {
   void flush() {
     if (set_ == UNSET) return;
     apply_out_decay();
-    const int64_t at_set = ((row_ * value_.sets + set_) * value_.heads + head_) * value_.head_dim;
+    const int64_t at_set = set_offset(value_, row_, set_, head_);
     const uint16_t* scales = at<uint16_t>(call_.value_state, value_.scales) + at_set;
     for (int i = 0; i < group_; ++i) {
       float* sums = rotated_.data() + i * value_.padded_dim;
@@ -664,7 +588,8 @@ class Task {
   std::vector<int32_t> factors_;
   std::vector<Fold> folds_;
   Weights weights_;
-  alignas(64) float scores_[MAX_GROUP * BLOCK], other_[MAX_GROUP * BLOCK], bias_[MAX_GROUP * BLOCK];
+  alignas(64) float scores_[MAX_GROUP * BLOCK], other_[MAX_GROUP * BLOCK];
+  float bias_[MAX_GROUP * BLOCK + WIDTH];  // a row may run into the next one, which is read later
 };
 
 // Whether a column is admitted whose token is not new.
@@ -674,7 +599,7 @@ bool admits_history(const Plan& plan) {
   const int64_t rows = call.key_layout->batch;
   const int64_t heads = masked && call.mask.stride[1] ? call.query_heads : 1;
   const int64_t queries = masked && call.mask.stride[2] ? call.queries : 1;
-  float bias[BLOCK];
+  float bias[BLOCK + WIDTH];
   for (int64_t row = 0; row < rows; ++row) {
     const std::vector<Exact>& exact = plan.exact_keys[row];
     size_t next = 0;
@@ -708,7 +633,7 @@ bool admits_history(const Plan& plan) {
 void finish(const Plan& plan, const Rows& rows, int64_t batch_row, const float* partials, int64_t splits) {
   const Attend& call = plan.call;
   const int64_t group = plan.kernels.group, size = call.value_layout->head_dim, stride = partial_size(plan);
-  std::vector<float> total(size);
+  std::vector<float> total(plan.out_stride);
   for (int i = 0; i < rows.count; ++i) {
     const int64_t index = (batch_row * call.query_heads + rows.head[i]) * call.queries + rows.query[i];
     // Where nothing was admitted the dense part may be anything: its sum is then -inf or nan.
@@ -719,8 +644,9 @@ void finish(const Plan& plan, const Rows& rows, int64_t batch_row, const float* 
     std::fill(total.begin(), total.end(), 0.0f);
     if (dense) {
       const float weight = std::exp(call.dense_sums[index] - peak);
-      const char* from = element(call.dense, batch_row, rows.head[i], rows.query[i]);
-      for (int64_t c = 0; c < size; ++c) total[c] = weight * read_float(from, call.dense.dtype, c);
+      const void* from = row_of(call.dense, batch_row, rows.head[i], rows.query[i]);
+      load_row(call.dense.dtype, from, 1, size, total.data());
+      for (int64_t c = 0; c < size; ++c) total[c] *= weight;
       sum = weight;
     }
     for (int64_t split = 0; split < splits; ++split) {
@@ -732,7 +658,9 @@ void finish(const Plan& plan, const Rows& rows, int64_t batch_row, const float* 
       for (int64_t c = 0; c < size; ++c) total[c] += weight * from[c];
     }
     const float inverse = sum == 0 ? 0.0f : 1 / sum;
-    for (int64_t c = 0; c < size; ++c) write_float(call.out, call.query.dtype, index * size + c, total[c] * inverse);
+    for (int64_t c = 0; c < size; ++c) total[c] *= inverse;
+    const int64_t bytes = size * item_size(call.query.dtype);
+    store_row(call.query.dtype, total.data(), size, static_cast<char*>(call.out) + index * bytes);
   }
 }
 
@@ -741,8 +669,6 @@ bool same_labels(const Attend& call, int64_t Layout::*offset, int64_t Layout::*c
   return key.*count == value.*count && memcmp(at<char>(call.key_state, key.*offset), at<char>(call.value_state, value.*offset),
                                               key.batch * key.*count * sizeof(int64_t)) == 0;
 }
-
-int64_t whole_registers(int64_t size) { return (size + WIDTH - 1) / WIDTH * WIDTH; }
 
 }  // namespace
 }  // namespace decoquant

@@ -1,8 +1,6 @@
 // The two inner loops of attention: scores of a block of packed keys, weighted sum of a block of packed values.
 #pragma once
 
-#include <type_traits>
-
 #include "simd.hpp"
 
 namespace decoquant {
@@ -207,18 +205,6 @@ void mix_of(const Table& table, const Planes& planes, int64_t padded_dim, const 
 constexpr int GROUPS[] = {1, 2, 3, 4, 6, 8};  // those up to MAX_GROUP are there
 Scores scores_for(int group, int64_t bits);
 Mix mix_for(int group, int64_t bits);
-
-// function<bits>() for the width at hand.
-template <class Function>
-auto for_bits(int64_t bits, const Function& function) {
-  switch (bits) {
-    case 8: return function(std::integral_constant<int, 8>());
-    case 5: return function(std::integral_constant<int, 5>());
-    case 4: return function(std::integral_constant<int, 4>());
-    case 3: return function(std::integral_constant<int, 3>());
-    default: return function(std::integral_constant<int, 2>());
-  }
-}
 
 // function<group>() for the group at hand.
 template <class Function>

@@ -1,7 +1,4 @@
 // The codec of kernels/codec.py, one token of one head at a time: fit, encode, decode, and codes in planes.
-//
-// A row is the channels of a token as float32. Buffers of rows hold whole registers; what lies beyond the channels is
-// zero.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +8,7 @@
 #include <vector>
 
 #include "rotation.hpp"
+#include "rows.hpp"
 
 namespace decoquant {
 
@@ -25,14 +23,11 @@ constexpr uint16_t NEVER_WRITTEN = 0xbc00;    // -1 in float16, the gain of a sl
 
 inline bool is_written(uint16_t gain) { return !(gain & 0x8000); }
 
-inline int64_t item_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 inline float largest_of(int64_t dtype) {
   return dtype == FLOAT32 ? FLT_MAX : dtype == BFLOAT16 ? 0x1.fep127f : GAIN_MAX;
 }
 
 // ---------------------------------------------------------------------------------------------------------------- rows
-
-inline int64_t whole_registers(int64_t size) { return (size + WIDTH - 1) / WIDTH * WIDTH; }
 
 // Memory of this thread for `count` rows; the next call on the thread takes it back.
 inline float* scratch_rows(int64_t count, int64_t size) {
@@ -69,69 +64,6 @@ DECOQUANT_INLINE bool any(Ints mask) {
   DECOQUANT_UNROLL for (int i = 0; i < WIDTH; ++i) found |= mask[i];
   return found != 0;
 #endif
-}
-
-// One register to another dtype, to nearest even.
-DECOQUANT_INLINE void to_half(uint16_t* to, Floats x) {
-#if defined(__AVX512VNNI__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
-#else
-  for (int i = 0; i < WIDTH; ++i) to[i] = to_half(x[i]);
-#endif
-}
-DECOQUANT_INLINE void to_bfloat16(uint16_t* to, Floats x) {
-  const Words bits = (Words)x;
-  const Words rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-  store(to, __builtin_convertvector(x != x ? Words{} + 0x7fc0u : rounded, Halfs));
-}
-
-template <class Type, class Body>
-DECOQUANT_INLINE void each_register_of(const void* data, int64_t stride, int64_t size, const Body& body) {
-  const auto* from = static_cast<const typename Type::type*>(data);
-  int64_t c = 0;
-  if (stride == 1) {
-    for (; c + WIDTH <= size; c += WIDTH) body(c, Type::load(from + c));
-  }
-  for (; c < size; c += WIDTH) {
-    typename Type::type part[WIDTH] = {};
-    const int64_t count = std::min<int64_t>(WIDTH, size - c);
-    for (int64_t i = 0; i < count; ++i) part[i] = from[(c + i) * stride];
-    body(c, Type::load(part));
-  }
-}
-
-// Calls body(channel, register) along a row of any dtype and stride; zeros beyond its end.
-template <class Body>
-DECOQUANT_INLINE void each_register(int64_t dtype, const void* data, int64_t stride, int64_t size, const Body& body) {
-  if (dtype == FLOAT32) return each_register_of<Float32>(data, stride, size, body);
-  if (dtype == BFLOAT16) return each_register_of<BFloat16>(data, stride, size, body);
-  each_register_of<Float16>(data, stride, size, body);
-}
-
-inline void load_row(int64_t dtype, const void* data, int64_t stride, int64_t size, float* x) {
-  each_register(dtype, data, stride, size, [x](int64_t c, Floats y) { store(x + c, y); });
-}
-
-inline const void* row_of(const Array& array, int64_t i, int64_t j, int64_t k) {
-  const int64_t offset = i * array.stride[0] + j * array.stride[1] + k * array.stride[2];
-  return static_cast<const char*>(array.data) + offset * item_size(array.dtype);
-}
-
-// Writes a row to `size` contiguous elements.
-inline void store_row(int64_t dtype, const float* x, int64_t size, void* data) {
-  if (dtype == FLOAT32) {
-    memcpy(data, x, size * sizeof(float));
-    return;
-  }
-  auto* to = static_cast<uint16_t*>(data);
-  for (int64_t c = 0; c < size; c += WIDTH) {
-    uint16_t part[WIDTH];
-    const auto y = load<Floats>(x + c);
-    dtype == BFLOAT16 ? to_bfloat16(part, y) : to_half(part, y);
-    memcpy(to + c, part, std::min<int64_t>(WIDTH, size - c) * sizeof *to);
-  }
 }
 
 // Rounds a row to what `dtype` can express.
@@ -260,10 +192,6 @@ struct Parameters {
   const float *mean, *scale;
 };
 
-inline int64_t set_offset(const Layout& layout, int64_t row, int64_t set, int64_t head) {
-  return ((row * layout.sets + set) * layout.heads + head) * layout.head_dim;
-}
-
 // Reads a set into two rows of memory; values have a mean of zero.
 inline Parameters load_parameters(const Layout& layout, const void* state, int64_t row, int64_t set, int64_t head,
                                   float* memory) {
@@ -336,9 +264,7 @@ struct Coordinates {
   }
   DECOQUANT_INLINE void rotate(const Layout& layout) {  // as rotation.hpp
     DECOQUANT_UNROLL for (int i = 0; i < COUNT; ++i) {
-      y[i] = butterfly<2>(butterfly<1>(y[i] * load<Floats>(layout.signs + i * WIDTH)));
-      if constexpr (WIDTH > 4) y[i] = butterfly<4>(y[i]);
-      if constexpr (WIDTH > 8) y[i] = butterfly<8>(y[i]);
+      y[i] = butterflies(y[i] * load<Floats>(layout.signs + i * WIDTH));
     }
     DECOQUANT_UNROLL for (int half = 1; half < COUNT; half *= 2) {
       DECOQUANT_UNROLL for (int i = 0; i < COUNT; ++i) {
@@ -437,13 +363,7 @@ Encode encode_for_size(int64_t head_dim) {
 }
 
 inline Encode encode_for(const Layout& layout) {
-  switch (layout.bits) {
-    case 8: return encode_for_size<8>(layout.head_dim);
-    case 5: return encode_for_size<5>(layout.head_dim);
-    case 4: return encode_for_size<4>(layout.head_dim);
-    case 3: return encode_for_size<3>(layout.head_dim);
-    default: return encode_for_size<2>(layout.head_dim);
-  }
+  return for_bits(layout.bits, [&](auto width) { return encode_for_size<width()>(layout.head_dim); });
 }
 
 // codec.decode: a row from `padded_dim` codes.
@@ -467,13 +387,7 @@ void decode_of(const Layout& layout, const Codebook& book, const Parameters& par
 }
 
 inline Decode decode_for(const Layout& layout) {
-  switch (layout.bits) {
-    case 8: return decode_of<8>;
-    case 5: return decode_of<5>;
-    case 4: return decode_of<4>;
-    case 3: return decode_of<3>;
-    default: return decode_of<2>;
-  }
+  return for_bits(layout.bits, [](auto width) -> Decode { return decode_of<width()>; });
 }
 
 // -------------------------------------------------------------------------------------------------------------- planes

@@ -21,16 +21,21 @@ DECOQUANT_INLINE Floats butterfly(Floats x) {
   return select(lane != 0, other - x, x + other);
 }
 
+// All steps within a register.
+DECOQUANT_INLINE Floats butterflies(Floats x) {
+  x = butterfly<2>(butterfly<1>(x));
+  if constexpr (WIDTH > 4) x = butterfly<4>(x);
+  if constexpr (WIDTH > 8) x = butterfly<8>(x);
+  return x;
+}
+
 // Unnormalised Walsh-Hadamard transform over `order` runs of `run` numbers, in place, half = 1, 2, 4, ... as the oracle.
 inline void hadamard(float* x, int64_t order, int64_t run) {
   const int64_t size = order * run;
   int64_t half = 1;
   if (run == 1 && order >= WIDTH) {
     for (int64_t i = 0; i < size; i += WIDTH) {
-      Floats y = butterfly<2>(butterfly<1>(load<Floats>(x + i)));
-      if constexpr (WIDTH > 4) y = butterfly<4>(y);
-      if constexpr (WIDTH > 8) y = butterfly<8>(y);
-      store(x + i, y);
+      store(x + i, butterflies(load<Floats>(x + i)));
     }
     half = WIDTH;
   }

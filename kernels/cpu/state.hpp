@@ -2,10 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace decoquant {
 
-enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16, BOOL };  // BOOL: of masks alone
 
 constexpr int64_t UNSET = -1;       // a position, start, parameter set or fit that does not exist
 constexpr uint8_t NO_EPOCH = 255;   // of a token that was written but not encoded
@@ -74,6 +75,23 @@ inline const uint8_t* plane_of(const Layout& layout, const void* state, int p, i
 }
 inline uint8_t* plane_of(const Layout& layout, void* state, int p, int64_t row, int64_t head) {
   return at<uint8_t>(state, layout.plane[p]) + (row * layout.heads + head) * plane_bytes(layout, p);
+}
+
+// Where the parameters of a set begin among the means or scales, in elements.
+inline int64_t set_offset(const Layout& layout, int64_t row, int64_t set, int64_t head) {
+  return ((row * layout.sets + set) * layout.heads + head) * layout.head_dim;
+}
+
+// function(width), a constant, for the width at hand.
+template <class Function>
+auto for_bits(int64_t bits, const Function& function) {
+  switch (bits) {
+    case 8: return function(std::integral_constant<int, 8>());
+    case 5: return function(std::integral_constant<int, 5>());
+    case 4: return function(std::integral_constant<int, 4>());
+    case 3: return function(std::integral_constant<int, 3>());
+    default: return function(std::integral_constant<int, 2>());
+  }
 }
 
 }  // namespace decoquant

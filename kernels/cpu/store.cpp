@@ -15,7 +15,6 @@
 namespace decoquant {
 namespace {
 
-constexpr int64_t BOOL = 3;            // dtype of a mask, beyond `Dtype`
 constexpr float MASKED = -9000.0f;     // additive masks at most this large exclude a token from the statistics
 constexpr int64_t BLOCK = 64;          // tokens of a partial sum of the statistics
 constexpr int64_t TASK_TOKENS = 256;   // tokens of a task, where tokens are divided
