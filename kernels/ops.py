@@ -86,9 +86,9 @@ def _dequantise_fake(state: Tensor, batch: int, heads: int, slots: int, format: 
 def _native_or(portable: Callable[..., Any], method: str) -> Callable[..., Any]:
     """The C++ kernel of that name, or `portable` where the kernels cannot be built."""
 
-    def run(*args: object, **kwargs: object) -> Any:
+    def run(*args: object) -> Any:
         native = cpu.kernels()
-        return (portable if native is None else getattr(native, method))(*args, **kwargs)
+        return (portable if native is None else getattr(native, method))(*args)
 
     return run
 

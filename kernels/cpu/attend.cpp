@@ -12,6 +12,7 @@
 
 #include "exact.hpp"
 #include "parallel.hpp"
+#include "python.hpp"
 #include "rotation.hpp"
 #include "rows.hpp"
 
@@ -24,7 +25,7 @@ constexpr int64_t SPANS_PER_SPLIT = 8;
 
 }  // namespace
 
-// Filled in by Python (kernels/cpu/native.py); every field has 8 bytes.
+// Arguments of `attend` in kernels/reference.py.
 struct Attend {
   const Layout *key_layout, *value_layout;
   const void *key_state, *value_state;
@@ -670,18 +671,16 @@ bool same_labels(const Attend& call, int64_t Layout::*offset, int64_t Layout::*c
                                               key.batch * key.*count * sizeof(int64_t)) == 0;
 }
 
-}  // namespace
-}  // namespace decoquant
+enum Status : int64_t {
+  DONE,
+  CACHES_DIFFER,  // in what they hold; nothing was done
+  DENSE_IS_ALL,   // no stored token is admitted, the result is `dense`
+};
 
-using namespace decoquant;
-
-// Returns 0: done; 1: the two caches differ in what they hold, nothing was done; 2: no stored token is admitted, the
-// result is `dense`.
-extern "C" int64_t decoquant_attend(const Attend* arguments) {
-  const Attend& call = *arguments;
+Status attend(const Attend& call) {
   const Layout &key = *call.key_layout, &value = *call.value_layout;
   const int64_t* header = at<int64_t>(call.key_state, key.header);
-  if (memcmp(header, at<int64_t>(call.value_state, value.header), 2 * sizeof *header) != 0) return 1;
+  if (memcmp(header, at<int64_t>(call.value_state, value.header), 2 * sizeof *header) != 0) return CACHES_DIFFER;
 
   Plan plan(call);
   plan.origin = header[ORIGIN];
@@ -699,7 +698,7 @@ extern "C" int64_t decoquant_attend(const Attend* arguments) {
     list_exact(call, key, call.key_state, plan.origin, row, plan.exact_keys[row]);
     if (!plan.same_exact) list_exact(call, value, call.value_state, plan.origin, row, plan.exact_values[row]);
   }
-  if (call.dense_sums && !admits_history(plan)) return 2;
+  if (call.dense_sums && !admits_history(plan)) return DENSE_IS_ALL;
 
   const auto spans = static_cast<int64_t>(plan.spans.size());
   plan.row_groups = (plan.rows + plan.kernels.group - 1) / plan.kernels.group;
@@ -731,5 +730,61 @@ extern "C" int64_t decoquant_attend(const Attend* arguments) {
       finish(plan, Rows(plan, head, row_group), row, first, plan.splits);
     }
   }
-  return 0;
+  return DONE;
+}
+
+// Reads `Attend` field by field; counts are in the sizes. False: the kernels do not take a call as it is.
+bool read(Arguments& from, Attend& call) {
+  Sizes query, fresh, values, mask, dense;
+  const Layout& key = *(call.key_layout = &from.layout());
+  const Layout& value = *(call.value_layout = &from.layout());
+  call.key_state = from.state(key);
+  call.value_state = from.state(value);
+  call.query = from.rows(query);
+  call.query_heads = query[1];
+  call.queries = query[2];
+  call.key = from.rows(fresh);
+  call.value = from.rows(values);
+  call.tokens = fresh[2];
+  call.positions = from.positions(call.tokens);
+  call.mask = from.optional_mask(mask);
+  call.scale = from.number(std::pow(static_cast<double>(key.head_dim), -0.5));
+  call.softcap = from.number(0);
+  call.first = from.integer();
+  call.length = from.integer();
+  call.dense = from.optional_rows(dense);
+  call.dense_sums = from.optional_floats({key.batch, call.query_heads, call.queries});
+  call.out = from.out(call.query.dtype, {key.batch, call.query_heads, call.queries, value.head_dim});
+  call.gomp_parallel = from.address();
+  call.threads = from.integer();
+
+  from.expect(key.key && !value.key && call.length > 0);
+  from.expect(call.query_heads > 0 && call.query_heads % key.heads == 0 && call.queries > 0);
+  from.expect(query.are(key.batch, call.query_heads, call.queries, key.head_dim));
+  from.expect(fresh.are(key.batch, key.heads, call.tokens, key.head_dim));
+  from.expect(values.are(key.batch, key.heads, call.tokens, value.head_dim));
+  if (mask.given) {
+    const auto broadcasts = [&](int i, int64_t size) { return mask[i] == 1 || mask[i] == size; };
+    from.expect(broadcasts(0, key.batch) && broadcasts(1, call.query_heads) && broadcasts(2, call.queries));
+    from.expect(mask[3] == call.length);
+  }
+  if (dense.given) from.expect(dense.are(key.batch, call.query_heads, call.queries, value.head_dim));
+  return from.good();
+}
+
+}  // namespace
+}  // namespace decoquant
+
+using namespace decoquant;
+
+// A function of Python, called with the fields of `Attend` (METH_FASTCALL). Returns a `Status` or `REFUSED`.
+extern "C" PyObject* decoquant_attend(PyObject* view, PyObject* const* arguments, int64_t) {
+  Arguments from(view, arguments);
+  Attend call;
+  int64_t status = REFUSED;
+  if (read(from, call)) {
+    const Unlocked unlocked;
+    status = attend(call);
+  }
+  return Arguments::result(status);
 }

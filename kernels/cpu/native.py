@@ -1,4 +1,4 @@
-"""The operators on CPUs: arguments of the C++ functions packed into structs, and calls of them."""
+"""The operators on CPUs: calls of the C++ functions."""
 
 import contextlib
 import ctypes
@@ -18,27 +18,21 @@ from decoquant_compile.kernels.cpu import build
 from decoquant_compile.kernels.format import Format
 
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MASKS: Final = {**_DTYPES, torch.bool: 3}
 
-_NO_ARRAY: Final[tuple[int, ...]] = (0, 0, 0, 0, 0, 0)
-
-_ATTEND: Final = struct.Struct("@4q 6q 2q 6q 6q q q 6q 2d 2q 6q q q 2q")
-"""`Attend` of attend.cpp."""
-_CACHES_DIFFER, _DENSE_IS_ALL = 1, 2
-"""Results of `decoquant_attend`."""
+_REFUSED: Final = -1
+"""Result of a call with arguments that the C++ does not take as they are."""
+_DONE, _DENSE_IS_ALL = 0, 2
+"""Results of `decoquant_attend`; any other one: nothing was done."""
 
 _LARGEST_SUM: Final = 1e4
 """Larger logarithms of sums are too coarse to merge by (a mask adds the least number everywhere); nan may come of a
 key that is masked."""
 
-_STORE: Final = struct.Struct("@2q 6q 2q 6q q 6q 3q q 2q 2q")
-"""`Store` of store.cpp."""
-
-_QUERIES_TOGETHER: Final = 16
-"""From so many queries on, new tokens are attended by torch's own flash attention and merged."""
+_TOGETHER: Final = 16
+"""From so many queries and new tokens on, the new tokens are attended by torch's own flash attention and merged."""
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # for good: layouts hold the addresses
 def _tables(bits: int, head_dim: int) -> tuple[Tensor, ...]:
     """The codec's tables as `Layout` of state.hpp wants them."""
     device = torch.device("cpu")
@@ -52,13 +46,10 @@ class Bound(NamedTuple):
     """A format and the size of a state of it, as the C++ functions take them."""
 
     form: Format
-    head_dim: int
-    shape: tuple[int]
+    nbytes: int
     """Of the buffer."""
-    layout: ctypes.Array[ctypes.c_char]
+    layout: bytes
     """`Layout` of state.hpp."""
-    address: int
-    """Of `layout`."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -87,49 +78,37 @@ def bind(key: str, batch: int, heads: int, slots: int) -> Bound:
         shapes[-2][2],
         span.planes,
         *(*widths, 0, 0)[:2],
+        span.nbytes,
         *offsets[:3],
         *(*offsets[3 : 3 + span.planes], 0, 0)[:2],
         *offsets[3 + span.planes :],
         *tables,
     )
-    packed = struct.pack(f"@{len(numbers)}qd", *numbers, codec.steps(form.bits) if coded else 1.0)
-    layout = ctypes.create_string_buffer(packed, len(packed))
-    return Bound(form, form.head_dim, (span.nbytes,), layout, ctypes.addressof(layout))
+    layout = struct.pack(f"@{len(numbers)}qd", *numbers, codec.steps(form.bits) if coded else 1.0)
+    return Bound(form, span.nbytes, layout)
 
 
-def _array(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """`Array` of state.hpp for a tensor of four dimensions, channels side by side, and the tensor that it describes."""
-    dtype = _DTYPES.get(tensor.dtype)
-    if dtype is None:
-        tensor, dtype = tensor.float(), 0
-    strides = tensor.stride()
-    if strides[3] != 1:
-        tensor = tensor.contiguous()
-        strides = tensor.stride()
-    return tensor, (tensor.data_ptr(), dtype, *strides)
+@functools.lru_cache(maxsize=4096)
+def _layouts(key_format: str, value_format: str, batch: int, heads: int, slots: int) -> tuple[bytes, bytes, int]:
+    """Layouts of a key and of a value cache, and the size of a value if it is not that of a key, else 0."""
+    key, value = bind(key_format, batch, heads, slots), bind(value_format, batch, heads, slots)
+    sizes = key.form.head_dim, value.form.head_dim
+    return key.layout, value.layout, 0 if sizes[0] == sizes[1] else sizes[1]
 
 
-def _mask(mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """`Array` for a mask of four dimensions that broadcasts, and the tensor that it describes."""
-    dtype = _MASKS.get(mask.dtype)
-    if dtype is None:
-        mask, dtype = mask.float(), 0
-    rows, heads, queries, _ = mask.shape
-    a, b, c, d = mask.stride()
-    return mask, (mask.data_ptr(), dtype, rows > 1 and a, heads > 1 and b, queries > 1 and c, d)
+def _rows(tensor: Tensor) -> Tensor:
+    """A tensor of a dtype that the C++ reads, channels side by side."""
+    if tensor.dtype not in _DTYPES:
+        tensor = tensor.float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _broadcasts(shape: torch.Size, to: tuple[int, int, int, int]) -> bool:
-    """Whether the first three sizes are those of `to` or 1, and the last one is that of `to`."""
-    if len(shape) != 4:
-        return False
-    rows, heads, queries, length = shape
-    return (
-        length == to[3]
-        and (rows == 1 or rows == to[0])
-        and (heads == 1 or heads == to[1])
-        and (queries == 1 or queries == to[2])
-    )
+def _mask(mask: Tensor) -> Tensor:
+    """A mask of a dtype that the C++ reads."""
+    return mask if mask.dtype in _DTYPES or mask.dtype is torch.bool else mask.float()
+
+
+# -------------------------------------------------------------------------------------------------- functions in C++
 
 
 def _function(function: Any, result: Any, *arguments: Any) -> Callable[..., Any]:
@@ -137,8 +116,38 @@ def _function(function: Any, result: Any, *arguments: Any) -> Callable[..., Any]
     return function
 
 
-def _is_state(buffer: Tensor, bound: Bound) -> bool:
-    return buffer.shape == bound.shape and buffer.dtype is torch.uint8 and buffer.is_contiguous()
+class _Method(ctypes.Structure):
+    """`PyMethodDef` of CPython."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
+
+
+_FASTCALL: Final = 0x80
+"""METH_FASTCALL: the function takes an array of its arguments."""
+_VIEW_TENSOR: Final = 5
+"""Number of the word of `DLPackExchangeAPI` that has the address of ``dltensor_from_py_object_no_sync``."""
+
+
+def _view_tensor() -> int:
+    """Address of the function that shows C++ where a tensor lies and what it is like."""
+    of_capsule = ctypes.pythonapi.PyCapsule_GetPointer
+    of_capsule.restype, of_capsule.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    table = of_capsule(torch.Tensor.__dlpack_c_exchange_api__, b"dlpack_exchange_api")
+    return ctypes.c_size_t.from_address(table + _VIEW_TENSOR * ctypes.sizeof(ctypes.c_size_t)).value
+
+
+@functools.cache  # for good: the function refers to its definition
+def _method(address: int) -> tuple[Callable[..., int], _Method]:
+    """A function of Python at an address, with its definition: a call by ctypes would take longer than the work."""
+    method = _Method(b"decoquant", address, _FASTCALL, None)
+    new = ctypes.pythonapi.PyCFunction_NewEx
+    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
+    return new(ctypes.addressof(method), _view_tensor(), None), method
 
 
 def openmp_parallel() -> int:
@@ -166,8 +175,10 @@ class Kernels:
     def __init__(self, level: build.Level, library: ctypes.CDLL) -> None:
         self.level = level
         self._gomp_parallel = openmp_parallel()
-        self._attend = _function(library.decoquant_attend, ctypes.c_int64, ctypes.c_char_p)
-        self._store = _function(library.decoquant_store, ctypes.c_int64, ctypes.c_char_p)
+        self._attend, self._store = (
+            _method(ctypes.cast(function, ctypes.c_void_p).value or 0)[0]
+            for function in (library.decoquant_attend, library.decoquant_store)
+        )
         address, integer = ctypes.c_void_p, ctypes.c_int64
         self._dequantise = _function(library.decoquant_dequantise, None, address, address, address, address, integer)
         self._read = _function(library.decoquant_read, ctypes.c_uint64, address, integer, address, integer)
@@ -180,11 +191,11 @@ class Kernels:
     def dequantise(self, state: Tensor, batch: int, heads: int, slots: int, format: str) -> Tensor:  # noqa: A002
         """`reference.dequantise` with the format as a key."""
         bound = bind(format, batch, heads, slots)
-        if not _is_state(state, bound):
+        if state.shape != (bound.nbytes,) or state.dtype != torch.uint8 or not state.is_contiguous():
             return reference.dequantise(state, batch, heads, slots, bound.form)  # which raises
         out = torch.empty(batch, heads, slots, bound.form.head_dim, dtype=bound.form.dtype)
         threads = torch.get_num_threads()
-        self._dequantise(bound.address, state.data_ptr(), out.data_ptr(), self._gomp_parallel, threads)
+        self._dequantise(bound.layout, state.data_ptr(), out.data_ptr(), self._gomp_parallel, threads)
         return out
 
     def store(
@@ -201,60 +212,27 @@ class Kernels:
         rows: Tensor | None = None,
     ) -> None:
         """`reference.store` with the format as a key."""
-        if new.dim() != 4 or (query is not None and query.dim() != 4):
-            reference.check_write(new, positions, query, mask, rows, Format.parse(format))
-        batch, heads, tokens, head_dim = shape = new.shape
-        bound = bind(format, batch, heads, slots)
-        wrong = (
-            not _is_state(state, bound)
-            or head_dim != bound.form.head_dim
-            or shift < 0
-            or positions.shape != (tokens,)
-            or positions.dtype != torch.int64
-        )
-        query_heads, query_array = 0, _NO_ARRAY
-        if query is not None:
-            query_shape = query.shape
-            query_heads = query_shape[1]
-            wrong = wrong or query_heads % heads != 0 or query_shape[::2] != shape[::2]
-            wrong = wrong or query_shape[3] != head_dim
-        mask_array, mask_sizes = _NO_ARRAY, _NO_ARRAY[:3]
-        if mask is not None:
-            mask_shape = mask.shape
-            wrong = wrong or len(mask_shape) != 4 or mask_shape[0] not in (1, batch)
-            if not wrong:
-                mask, mask_array = _mask(mask)
-                mask_sizes = tuple(mask_shape[1:])
-        if rows is not None:
-            wrong = wrong or rows.shape != (batch, tokens) or rows.dtype != torch.bool
-            rows = rows.contiguous()
-        if wrong or tokens == 0:
-            return reference.store(state, new, positions, query, mask, slots, shift, first, bound.form, rows)
-        new, new_array = _array(new)
-        if query is not None:
-            query, query_array = _array(query)
-        positions = positions.contiguous()
-        highest = self._store(
-            _STORE.pack(
-                bound.address,
-                state.data_ptr(),
-                *new_array,
-                tokens,
-                positions.data_ptr(),
-                *query_array,
-                query_heads,
-                *mask_array,
-                *mask_sizes,
-                0 if rows is None else rows.data_ptr(),
-                shift,
-                first,
-                self._gomp_parallel,
-                torch.get_num_threads(),
+        if new.dim() != 4:
+            reference.check_write(new, positions, query, mask, rows, Format.parse(format))  # which raises
+        batch, heads, _, _ = new.shape
+        layout = bind(format, batch, heads, slots).layout
+        common = shift, first, self._gomp_parallel, torch.get_num_threads()
+        highest = self._store(layout, state, new, positions, query, mask, rows, *common)
+        if highest == _REFUSED:
+            highest = self._store(
+                layout,
+                state,
+                _rows(new),
+                positions.contiguous(),
+                None if query is None else _rows(query),
+                None if mask is None else _mask(mask),
+                None if rows is None else rows.contiguous(),
+                *common,
             )
-        )
-        if highest:
+        if highest == _REFUSED:  # the operands are wrong, or there is nothing to write
+            reference.store(state, new, positions, query, mask, slots, shift, first, Format.parse(format), rows)
+        elif highest:
             raise IndexError(f"position {highest} is outside the cache of {slots} slots")
-        return None
 
     def attend(
         self,
@@ -275,81 +253,65 @@ class Kernels:
     ) -> Tensor:
         """`reference.attend` with the formats as keys."""
         # A decoded token makes one such call for each layer: every look at a tensor from Python counts here.
-        operands = (query, key_state, value_state, key, value, positions, mask, scale, softcap, slots, first, length)
-        shape, new = query.shape, key.shape
-        if len(shape) != 4 or len(new) != 4:
-            return reference.attend(*operands, Format.parse(key_format), Format.parse(value_format))  # which raises
-        batch, query_heads, queries, head_dim = shape
-        _, heads, tokens, _ = new
-        keys, values = bind(key_format, batch, heads, slots), bind(value_format, batch, heads, slots)
-        right = (
-            _is_state(key_state, keys)
-            and _is_state(value_state, values)
-            and new == (batch, heads, tokens, head_dim)
-            and value.shape == (batch, heads, tokens, values.head_dim)
-            and head_dim == keys.head_dim
-            and query_heads % heads == 0
-            and positions.shape == (tokens,)
-            and keys.form.role == "key"
-            and values.form.role == "value"
-            and length > 0
-            and 0 not in shape
+        shape = key.shape
+        if len(shape) == 4 and shape[2] < _TOGETHER:
+            batch, heads, _, _ = shape
+            keys, values, value_dim = _layouts(key_format, value_format, batch, heads, slots)
+            # Strides of a single query do not matter; `empty_like` is faster than to name the sizes.
+            out = query.new_empty((*query.shape[:3], value_dim)) if value_dim else torch.empty_like(query)
+            status = self._attend(
+                keys, values, key_state, value_state, query, key, value, positions, mask, scale, softcap, first, length,
+                None, None, out, self._gomp_parallel, torch.get_num_threads(),
+            )  # fmt: skip
+            if status == _DONE:
+                return out
+        forms = Format.parse(key_format), Format.parse(value_format)
+        return self._attend_any(
+            query, key_state, value_state, key, value, positions, mask, scale, softcap, slots, first, length, *forms
         )
-        mask_array = _NO_ARRAY
-        if mask is not None and right:
-            right = _broadcasts(mask.shape, (batch, query_heads, queries, length))
-            if right:
-                mask, mask_array = _mask(mask)
-        if not right:
-            return reference.attend(*operands, keys.form, values.form)  # which raises, or has nothing to attend to
 
-        dtype = query.dtype
-        query, query_array = _array(query)
-        key, key_array = _array(key)
-        value, value_array = _array(value)
-        if positions.dtype is not torch.int64 or not positions.is_contiguous():
-            positions = positions.long().contiguous()
-        out = torch.empty_like(query)  # faster than to name the sizes; strides of a single query do not matter
-        if values.head_dim != head_dim or not out.is_contiguous():
-            out = query.new_empty((batch, query_heads, queries, values.head_dim))
-        scale = head_dim**-0.5 if scale is None else scale
-        dense, dense_array, sums = None, _NO_ARRAY, 0
-        if queries >= _QUERIES_TOGETHER and softcap is None:
-            dense = _attend_new(query, key, value, positions, mask, scale, first, length)
-            if dense is not None:
-                _, dense_array = _array(dense.out)
-                sums = dense.sums.data_ptr()
+    def _attend_any(
+        self,
+        query: Tensor,
+        key_state: Tensor,
+        value_state: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        softcap: float | None,
+        slots: int,
+        first: int,
+        length: int,
+        key_form: Format,
+        value_form: Format,
+    ) -> Tensor:
+        """`reference.attend` of operands that are many, wrong, or not as the C++ reads them."""
+        reference.check_attend(query, key, value, positions, mask, length, key_form, value_form)
+        batch, heads, tokens, _ = key.shape
+        keys, values = (bind(form.key(), batch, heads, slots).layout for form in (key_form, value_form))
+        rows = _rows(query), _rows(key), _rows(value)
+        at = positions.long().contiguous()
+        bias = None if mask is None else _mask(mask)
+        dense = None
+        if min(query.shape[2], tokens) >= _TOGETHER and softcap is None and query.numel():
+            factor = query.shape[3] ** -0.5 if scale is None else scale
+            dense = _attend_new(*rows, at, bias, factor, first, length)
+        out = rows[0].new_empty((*query.shape[:3], value_form.head_dim))
         status = self._attend(
-            _ATTEND.pack(
-                keys.address,
-                values.address,
-                key_state.data_ptr(),
-                value_state.data_ptr(),
-                *query_array,
-                query_heads,
-                queries,
-                *key_array,
-                *value_array,
-                tokens,
-                positions.data_ptr(),
-                *mask_array,
-                scale,
-                softcap or 0.0,
-                first,
-                length,
-                *dense_array,
-                sums,
-                out.data_ptr(),
-                self._gomp_parallel,
-                torch.get_num_threads(),
-            )
-        )
+            keys, values, key_state, value_state, *rows, at, bias, scale, softcap, first, length,
+            *(dense or (None, None)), out, self._gomp_parallel, torch.get_num_threads(),
+        )  # fmt: skip
         if status == _DENSE_IS_ALL:
             assert dense is not None
             out = dense.out
-        elif status == _CACHES_DIFFER:
-            return reference.attend(*operands, keys.form, values.form)
-        return out if out.dtype is dtype else out.to(dtype)
+        elif status != _DONE:  # the caches differ, the states are wrong, or there is nothing to attend to
+            return reference.attend(
+                query, key_state, value_state, key, value, positions, mask, scale, softcap, slots, first, length,
+                key_form, value_form,
+            )  # fmt: skip
+        return out if out.dtype is query.dtype else out.to(query.dtype)
 
 
 class _Dense(NamedTuple):

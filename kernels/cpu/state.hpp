@@ -31,6 +31,7 @@ struct Layout {
   int64_t sinks, window;  // slots of these two sections
   int64_t planes;       // number of planes, 0 to 2
   int64_t widths[2];    // bits of each plane; low bits of a code first
+  int64_t bytes;        // of the buffer
 
   // Byte offsets of the sections in the buffer; shapes as in `Sections`
   int64_t header, rows, raw;

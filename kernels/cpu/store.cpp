@@ -11,6 +11,7 @@
 
 #include "codec.hpp"
 #include "parallel.hpp"
+#include "python.hpp"
 
 namespace decoquant {
 namespace {
@@ -23,7 +24,7 @@ constexpr int64_t MASK_COLUMNS = 512;  // columns of a mask that are searched at
 
 }  // namespace
 
-// Arguments of `store` in kernels/reference.py. Filled in by Python (kernels/cpu/native.py); every field has 8 bytes.
+// Arguments of `store` in kernels/reference.py.
 struct Store {
   const Layout* layout;
   void* state;
@@ -717,11 +718,8 @@ void free_slots(const Write& write, int64_t begin, int64_t count) {
   }
 }
 
-}  // namespace
-
 // Returns 0, or the highest position if the cache has no such slot; then nothing has changed.
-extern "C" int64_t decoquant_store(const Store* arguments) {
-  const Store& call = *arguments;
+int64_t store(const Store& call) {
   const Layout& layout = *call.layout;
   const int64_t highest = call.tokens > 0 ? *std::max_element(call.positions, call.positions + call.tokens) : UNSET;
   if (highest >= layout.slots) return highest;
@@ -745,6 +743,48 @@ extern "C" int64_t decoquant_store(const Store* arguments) {
     for (int64_t row = 0; row < layout.batch; ++row) write_row(row, call.threads);
   }
   return 0;
+}
+
+// Reads `Store` field by field; counts are in the sizes. False: the kernels do not take a call as it is.
+bool read(Arguments& from, Store& call) {
+  Sizes fresh, query, mask;
+  const Layout& layout = *(call.layout = &from.layout());
+  call.state = from.state(layout);
+  call.fresh = from.rows(fresh);
+  call.tokens = fresh[2];
+  call.positions = from.positions(call.tokens);
+  call.query = from.optional_rows(query);
+  call.query_heads = query[1];
+  call.mask = from.optional_mask(mask);
+  call.mask_heads = mask[1];
+  call.mask_queries = mask[2];
+  call.mask_length = mask[3];
+  call.rows = from.optional_flags(layout.batch, call.tokens);
+  call.shift = from.integer();
+  call.first = from.integer();
+  call.gomp_parallel = from.address();
+  call.threads = from.integer();
+
+  from.expect(fresh.are(layout.batch, layout.heads, call.tokens, layout.head_dim) && call.tokens > 0 && call.shift >= 0);
+  if (query.given) {
+    from.expect(query[1] % layout.heads == 0 && query.are(layout.batch, query[1], call.tokens, layout.head_dim));
+  }
+  if (mask.given) from.expect(mask[0] == 1 || mask[0] == layout.batch);
+  return from.good();
+}
+
+}  // namespace
+
+// A function of Python, called with the fields of `Store` (METH_FASTCALL). Returns what `store` does, or `REFUSED`.
+extern "C" PyObject* decoquant_store(PyObject* view, PyObject* const* arguments, int64_t) {
+  Arguments from(view, arguments);
+  Store call;
+  int64_t highest = REFUSED;
+  if (read(from, call)) {
+    const Unlocked unlocked;
+    highest = store(call);
+  }
+  return Arguments::result(highest);
 }
 
 }  // namespace decoquant

@@ -181,6 +181,68 @@ def test_the_good_operands_are_good(native):
     native.attend(*keyed(attention()))
 
 
+# ------------------------------------------------------------------------------------------------------------ operands
+
+
+def strided(x):
+    """The same values, no dimension contiguous."""
+    return torch.stack((x, x), -1).flip(-1)[..., 0]
+
+
+FORMS_OF_TENSORS = [
+    lambda x: x,
+    torch.nn.Parameter,
+    strided,
+    lambda x: x.double(),
+    lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    lambda x: torch.cat((x, x))[len(x) :],
+]
+
+
+@pytest.mark.parametrize("form", FORMS_OF_TENSORS)
+def test_the_kernels_take_tensors_of_any_form(native, monkeypatch, form):
+    """They compute the same, and never leave it to the oracle, which is slow."""
+    expected, written = write(), buffer()
+    native.store(*keyed(expected))
+    attended = native.attend(*keyed(attention()))
+
+    def slow(*args):
+        raise AssertionError("the oracle was called")
+
+    monkeypatch.setattr(reference, "store", slow)
+    monkeypatch.setattr(reference, "attend", slow)
+    with torch.no_grad():
+        new = {name: form(write()[name]) for name in ("new", "query")}
+        native.store(*keyed(write(state=written, positions=strided(torch.arange(3)), **new)))
+        got = native.attend(*keyed(attention(**{name: form(attention()[name]) for name in ("query", "key", "value")})))
+    assert torch.equal(written, expected["state"])
+    torch.testing.assert_close(got.to(attended.dtype), attended, rtol=1e-6, atol=1e-6)
+    assert got.is_contiguous()
+
+
+def test_masks_and_flags_of_any_form_are_taken(native, monkeypatch):
+    monkeypatch.setattr(reference, "store", None)
+    monkeypatch.setattr(reference, "attend", None)
+    flags, mask = torch.tensor([[1, 0, 1], [0, 1, 1]]).bool(), torch.zeros(2, 1, 3, SLOTS)
+    mask[..., 5:] = -torch.inf
+    states = []
+    for of in (lambda x: x, strided):
+        operands = write(mask=of(mask[..., :8]), rows=of(flags))
+        native.store(*keyed(operands))
+        states.append(operands["state"])
+    masks = mask, strided(mask), mask.double(), mask == 0, strided(mask == 0), mask.expand(2, 4, 3, SLOTS)
+    results = [native.attend(*keyed(attention(mask=mask))) for mask in masks]
+    assert torch.equal(*states)
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("name", ["shift", "first", "slots"])
+def test_numbers_of_another_type_are_errors(native, name):
+    with pytest.raises(TypeError):
+        native.store(*keyed(write(**{name: "1"})))
+
+
 # ------------------------------------------------------------------------------------------------------------- fallback
 
 
