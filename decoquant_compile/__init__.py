@@ -14,6 +14,7 @@ from decoquant_compile.explain import explain
 from decoquant_compile.handle import CacheTensor
 from decoquant_compile.options import Options
 from decoquant_compile.report import Report
+from decoquant_compile.saved import load, save
 from decoquant_compile.session import Session, enable
 from decoquant_compile.takeover import Bytes, nbytes, restore
 
@@ -26,6 +27,8 @@ __all__ = [
     "decoquant_backend",
     "enable",
     "explain",
+    "load",
     "nbytes",
     "restore",
+    "save",
 ]

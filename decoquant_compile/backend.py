@@ -2,20 +2,21 @@
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from torch import fx
+from torch import Tensor, fx
 
 from decoquant_compile import _compat
-from decoquant_compile.handle import CacheTensor, state_of
+from decoquant_compile.allocate import Holding
+from decoquant_compile.handle import CacheTensor, Dims, state_of
 from decoquant_compile.kernels.codec import Role
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.normalize import Normal, normalise, records_gradients, unsupported
 from decoquant_compile.options import Options
-from decoquant_compile.patterns.cache import CacheWrite
 from decoquant_compile.patterns.match import Site, match
 from decoquant_compile.patterns.reject import Reject
 from decoquant_compile.report import Finding, GraphReport, Untouched
@@ -104,9 +105,11 @@ def find(
         report.untouched, report.detail = Untouched.UNSUPPORTED, why
         return None
     normal = normalise(gm, example_inputs)
+    results = match(normal)
+    formats = _formats([r for r in results if isinstance(r, Site)], normal, example_inputs, options)
     plans: list[Plan] = []
-    for result in match(normal):
-        finding, plan = _decide(result, normal, example_inputs, options, done=len(plans))
+    for result in results:
+        finding, plan = _decide(result, normal, formats, options, done=len(plans))
         report.findings.append(finding)
         log.debug("graph %s: %s", report.name, finding)
         if plan is not None:
@@ -130,30 +133,38 @@ def mentions_attention(gm: fx.GraphModule) -> bool:
 
 
 def _decide(
-    result: Site | Reject, normal: Normal, example_inputs: Sequence[Any], options: Options, *, done: int
+    result: Site | Reject, normal: Normal, formats: Iterator[tuple[Format, Format]], options: Options, *, done: int
 ) -> tuple[Finding, Plan | None]:
-    """What becomes of an attention, when `done` others are to be rewritten."""
+    """What becomes of an attention, when `done` others are to be rewritten; `formats` has the next site's."""
     if isinstance(result, Reject):
         return Finding.of(result, ""), None
+    key, value = next(formats)
     source = normal.source(result.key.buffer)
     if options.max_rewrites is not None and done >= options.max_rewrites:
         why = f"max_rewrites={options.max_rewrites}"
         return replace(Finding.of(result, source, why), outcome="MAX_REWRITES"), None
-    key, value = _formats(result, normal, example_inputs, options)
     return Finding.of(result, source, f"K{key.bits} V{value.bits}"), (result, (key, value))
 
 
-def _formats(site: Site, normal: Normal, example_inputs: Sequence[Any], options: Options) -> tuple[Format, Format]:
-    """Packed formats of a site's keys and values: those in which they are held already, else as the options say."""
+def _formats(
+    sites: Sequence[Site], normal: Normal, example_inputs: Sequence[Any], options: Options
+) -> Iterator[tuple[Format, Format]]:
+    """Packed formats of the keys and values of each site: those they are held in already, else as the options say."""
+    roles: tuple[Role, Role] = ("key", "value")
+    caches: list[tuple[Role, Tensor, Dims]] = []
+    for site in sites:
+        for role, write in zip(roles, (site.key, site.value), strict=True):
+            caches.append((role, example_inputs[normal.placeholders.index(write.buffer)], site.dims))
+    widths = options.widths([Holding(role, math.prod(tensor.shape)) for role, tensor, _ in caches])
 
-    def choose(role: Role, write: CacheWrite, bits: int) -> Format:
-        tensor = example_inputs[normal.placeholders.index(write.buffer)]
-        state = state_of(tensor, site.dims)
+    def choose(role: Role, tensor: Tensor, dims: Dims, bits: int) -> Format:
+        state = state_of(tensor, dims)
         if state is not None and state.format.role == role:
             return state.format
-        return Format(role, bits, tensor.shape[site.dims[3]], tensor.dtype, options.sinks, options.window)
+        return Format(role, bits, tensor.shape[dims[3]], tensor.dtype, options.sinks, options.window)
 
-    return choose("key", site.key, options.bits_of_keys), choose("value", site.value, options.bits_of_values)
+    chosen = [choose(*cache, bits) for cache, bits in zip(caches, widths, strict=True)]
+    return zip(chosen[::2], chosen[1::2], strict=True)
 
 
 def _packed(

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import GetSetDescriptorType
@@ -270,17 +271,18 @@ def _as_view(tensor: Tensor, root: Tensor) -> Tensor:
     return tensor
 
 
-def _packed_like(handle: CacheTensor, state: CacheState) -> Tensor:
-    """A new handle of `state`, with the layout of `handle`; no dense memory is allocated."""
+def handle_of(state: CacheState, dims: Dims) -> Tensor:
+    """A new handle of `state`, a contiguous tensor by its metadata; no dense memory is allocated."""
     sizes = (state.batch, state.heads, state.slots, state.format.head_dim)
-    shape = [sizes[handle._dims.index(i)] for i in range(4)]
-    nbytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * handle.element_size()
+    shape = [sizes[dims.index(i)] for i in range(4)]
+    dtype, device = state.format.dtype, state.buffer.device
     with _internal():
-        storage = _storage.released(nbytes, handle.device)
-        tensor = torch.empty(0, dtype=handle.dtype, device=handle.device).set_(storage, 0, shape)  # type: ignore[call-overload]
+        storage = _storage.released(math.prod(sizes) * dtype.itemsize, device)
+        tensor = torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape)  # type: ignore[call-overload]
     tensor.__class__ = CacheTensor
-    tensor._state, tensor._dims = state, handle._dims
-    return tensor
+    tensor._state, tensor._dims = state, dims
+    handle: Tensor = tensor
+    return handle
 
 
 @contextlib.contextmanager
@@ -395,7 +397,7 @@ def _selection(handle: CacheTensor, index: object) -> Any:
     with _internal():
         if int(index.min()) < 0 or int(index.max()) >= state.batch:
             return NotImplemented
-        return _packed_like(handle, state.select(index.long()))
+        return handle_of(state.select(index.long()), handle._dims)
 
 
 def _zero_(handle: CacheTensor) -> Any:
@@ -466,7 +468,7 @@ def _clone(handle: CacheTensor, *, memory_format: torch.memory_format = torch.pr
     if handle._state is None or memory_format not in (torch.preserve_format, torch.contiguous_format):
         return NotImplemented
     with _internal():
-        return _packed_like(handle, handle._state.clone())
+        return handle_of(handle._state.clone(), handle._dims)
 
 
 def _deepcopy(handle: CacheTensor, memo: dict[int, Any]) -> Any:

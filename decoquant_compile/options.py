@@ -1,10 +1,11 @@
 """What a user can ask for: one frozen, validated `Options`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from decoquant_compile import _compat
+from decoquant_compile.allocate import Holding, allocate
 
 BITS = (16, 8, 5, 4, 3, 2)
 
@@ -15,7 +16,8 @@ class Options:
 
     Attributes:
         bits: bits per stored element of keys and values: 8, 5, 4, 3 or 2; 16 takes the same path without quantising
-            (values stay in the cache's own dtype).
+            (values stay in the cache's own dtype). Any other number between 2 and 8, such as 3.2 or 4.0, is an average
+            over the elements of all caches of the model, whose widths then differ (`decoquant_compile.allocate`).
         key_bits: bits of keys, if they differ from `bits`.
         value_bits: bits of values, if they differ from `bits`.
         sinks: tokens at the start of each sequence that stay in the cache's own dtype.
@@ -23,7 +25,7 @@ class Options:
         max_rewrites: rewrite at most so many attentions per graph, to bisect a wrong result; None for all.
     """
 
-    bits: int = 4
+    bits: int | float = 4
     key_bits: int | None = None
     value_bits: int | None = None
     sinks: int = 4
@@ -35,8 +37,16 @@ class Options:
             value = getattr(self, name)
             if value is None and name != "bits":
                 continue
+            if name == "bits" and self.averages:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value not in BITS:
-                raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, BITS))}")
+                average = ", or an average such as 3.2" if name == "bits" else ""
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, BITS))}{average}")
+        if self.averages and (self.key_bits is not None or self.value_bits is not None):
+            raise ValueError(
+                f"bits={self.bits!r} is an average over keys and values: leave out key_bits and value_bits, "
+                f"or give bits as one of {', '.join(map(str, BITS))}"
+            )
         for name in ("sinks", "window", "max_rewrites"):
             value = getattr(self, name)
             if value is None and name == "max_rewrites":
@@ -47,14 +57,19 @@ class Options:
             raise ValueError(f"window={self.window!r}: expected at least 1, the newest token is always exact")
 
     @property
-    def bits_of_keys(self) -> int:
-        """Bits per stored element of keys."""
-        return self.bits if self.key_bits is None else self.key_bits
+    def averages(self) -> bool:
+        """Whether `bits` is an average, so that widths differ from cache to cache."""
+        bits = self.bits
+        if isinstance(bits, bool) or not isinstance(bits, int | float) or (isinstance(bits, int) and bits in BITS):
+            return False
+        return 2 <= bits <= 8
 
-    @property
-    def bits_of_values(self) -> int:
-        """Bits per stored element of values."""
-        return self.bits if self.value_bits is None else self.value_bits
+    def widths(self, holdings: Sequence[Holding]) -> list[int]:
+        """Bits per stored element of each cache tensor of a model."""
+        if self.averages:
+            return allocate(holdings, self.bits)
+        chosen = {"key": self.key_bits, "value": self.value_bits}
+        return [int(self.bits if (own := chosen[holding.role]) is None else own) for holding in holdings]
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -4,16 +4,20 @@ DecoQuant writes a cache matrix as a product of a large, quantised tensor and a 
 product operator with two sites, arXiv 2405.12591). Here the large tensor holds codes times one gain per token and the
 small one is ``R^T diag(1/s)``, a rotation and a diagonal balance, next to a mean::
 
-    y = ((x - mu) * s) @ R,    x ~ (gain * u @ R^T) / s + mu,    u = codebook entries of y / radius(y)
+    y = ((x - mu) * s) @ R,    x ~ (gain * u @ R^T) / s + mu,    u = codebook entries near y / radius(y)
+
+Which entries: not the nearest, one channel at a time, but those whose error is small where it matters. With weights ``w``
+on the channels of ``x`` the error ``e`` of ``y`` costs ``e M e^T``, ``M = R^T diag(w / s^2) R``: errors of later channels
+can undo those of earlier ones (noise shaping). This is what lets the balance ``s`` whiten the tokens, so that the
+rotation spreads them evenly over the codebook, and still leave small errors in the channels that matter (issue 5).
 
 The small tensor is frozen once fitted, so that a new token costs one transform and no decomposition, and it folds into
 the query and the output of attention: ``q . x = gain * (((q / s) @ R) . u) + q . mu``.
 
-Tensors are ``[..., head_dim]``; the radius is the root mean square of ``y``, or at 8 bits its largest magnitude.
+Tensors are ``[..., head_dim]``; the radius is about the root mean square of ``y``, or at 8 bits its largest magnitude.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Final, Literal, NamedTuple
@@ -31,9 +35,11 @@ GAIN_MAX: Final = 65504.0
 """Largest float16: gains saturate here. Fitted tokens have a gain near 1."""
 
 _BALANCE_FLOOR: Final = 1e-6  # of the largest channel variance
-_IDENTITY_SHARE: Final = 0.2  # mixed into the query weights: the channels that today's queries ignore may matter later
+_IDENTITY_SHARE: Final = 0.02  # mixed into the query weights: the channels that today's queries ignore may matter later
 _CONSTANT_FLOOR: Final = 2.0**-16  # variance, relative to the mean's square, below which a channel counts as constant
 _COORDINATE_LIMIT: Final = 2.0**24  # beyond what any gain can express; its square is finite
+_LEAF: Final = 8  # channels that are rounded at once; below it shaping brings nothing measurable
+_LEAST_COSINE: Final = 0.5**0.5  # a gain that keeps the product with entries further off than 45 degrees would explode
 
 # Lloyd-Max quantisers of a standard normal in units of 1 / _STEPS: the positive half; the other half mirrors it.
 # The number of steps is the one that costs least when entries are rounded to int8 (0.6 % of the error at 5 bits, the
@@ -45,6 +51,8 @@ _POSITIVE_ENTRIES: Final = {
     5: (2, 6, 10, 14, 18, 22, 26, 31, 36, 41, 47, 53, 60, 69, 80, 97),
 }
 _STEPS: Final = {2: 79.453, 3: 52.946, 4: 38.146, 5: 29.698, 8: 32.0}
+# Shaping adds the errors of other channels to a channel before it is rounded: the codebook is spread as much.
+_SPREAD: Final = {2: 1.16, 3: 1.08, 4: 1.03, 5: 1.01, 8: 1.0}
 _PLANES: Final = {8: (8,), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
 
 CODED_BITS: Final = tuple(_PLANES)
@@ -62,6 +70,11 @@ def entries(bits: int) -> tuple[int, ...]:
 def steps(bits: int) -> float:
     """Integer codebook steps per unit radius."""
     return _STEPS[bits]
+
+
+def spread(bits: int) -> float:
+    """Radius per root mean square of a token, or at 8 bits per largest magnitude."""
+    return _SPREAD[bits]
 
 
 def planes(bits: int) -> tuple[int, ...]:
@@ -122,8 +135,8 @@ def cosines(order: int, device: torch.device) -> Tensor:
     return matrix.float().to(device)
 
 
-def _hadamard(x: Tensor, order: int) -> Tensor:
-    """Orthonormal Sylvester-Hadamard transform of the axis before the last.
+def _butterflies(x: Tensor, order: int) -> Tensor:
+    """Unnormalised Sylvester-Hadamard transform of the axis before the last, of size `order`.
 
     A butterfly and not a matrix product: its rounding does not depend on how many tokens are transformed together.
     """
@@ -133,7 +146,12 @@ def _hadamard(x: Tensor, order: int) -> Tensor:
         a, b = pair[..., 0, :, :], pair[..., 1, :, :]
         x = torch.stack((a + b, a - b), -3).flatten(-4, -2)
         half *= 2
-    return x * order**-0.5
+    return x
+
+
+def _hadamard(x: Tensor, order: int) -> Tensor:
+    """Orthonormal Sylvester-Hadamard transform of the axis before the last, of size `order`."""
+    return _butterflies(x, order) * order**-0.5
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -172,21 +190,35 @@ class Parameters(NamedTuple):
     """bfloat16 ``[..., head_dim]``, the channel balance ``s``; positive."""
 
 
-def fit(mean: Tensor, variance: Tensor, weight: Tensor | None, *, role: Role, bits: int) -> Parameters:
+def weights(energy: Tensor) -> Tensor:
+    """What an error in each channel of the keys costs: the mean square of the queries there, mean 1.
+
+    Mixed with the same weight for all channels; rows of zeros (no queries seen) weigh all channels alike.
+
+    Args:
+        energy: float32 ``[..., head_dim]``, mean or sum of the squared queries per channel.
+
+    Returns:
+        bfloat16 ``[..., head_dim]``, positive.
+    """
+    average = energy.mean(-1, keepdim=True)
+    relative = torch.where(average > 0, energy / average.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
+    return ((1 - _IDENTITY_SHARE) * relative + _IDENTITY_SHARE).bfloat16()
+
+
+def fit(mean: Tensor, variance: Tensor, weight: Tensor | None, *, role: Role) -> Parameters:
     """Fits mean and balance from channel statistics.
 
-    Keys: ``s_j = (w_j / c_j) ** (1/4)``, ``c`` the channel variance and ``w`` the mean square of the queries: of all
-    diagonals this one minimises the expected error of ``q . k`` when the rotation spreads the error evenly. Values at
-    2 bits: ``c_j ** (-1/4)``; at more bits a balance brings nothing. Values are not centred. In all cases ``s`` is
-    scaled so that the fitted tokens have unit mean square after it.
+    With ``c`` the channel variance and ``w`` the weights, keys take ``s_j = w_j ** (1/8) * c_j ** (-3/8)``. Were entries
+    simply the nearest ones, ``(w_j / c_j) ** (1/4)`` would be the best diagonal; were the shaping of their error ideal,
+    ``c_j ** (-1/2)``: keys are best served half way, values by the latter (measured; issue 5). Values are not centred.
+    In all cases ``s`` is scaled so that the fitted tokens have unit mean square after it.
 
     Args:
         mean: float32 ``[..., head_dim]``, per channel.
         variance: float32 ``[..., head_dim]``, per channel, about `mean`.
-        weight: float32 ``[..., head_dim]``, mean or sum of the squared queries per channel, or None if none were seen;
-            rows of zeros count as none.
+        weight: as of `weights`, or None if all channels weigh the same. For keys only.
         role: what the tokens are.
-        bits: width of a code.
 
     Returns:
         Parameters as stored, in bfloat16.
@@ -195,30 +227,86 @@ def fit(mean: Tensor, variance: Tensor, weight: Tensor | None, *, role: Role, bi
     # Spread about the rounded mean, which is what the codes will have to express. A channel that was constant so far
     # leaves room for later tokens that differ by as much as its own size.
     spread = (variance + (mean - centre.float()) ** 2).maximum(_CONSTANT_FLOOR * centre.float() ** 2)
-    if role == "value" and bits > 2:
-        balance = torch.ones_like(spread)
+    floor = (_BALANCE_FLOOR * spread.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    if role == "value":
+        balance = spread.maximum(floor).rsqrt()
     else:
-        tiny = torch.finfo(torch.float32).tiny
-        floor = (_BALANCE_FLOOR * spread.amax(-1, keepdim=True)).clamp_min(tiny)
-        balance = spread.maximum(floor) ** -0.25
+        balance = spread.maximum(floor) ** -0.375
         if weight is not None:
-            average = weight.mean(-1, keepdim=True)
-            relative = torch.where(average > 0, weight / average.clamp_min(tiny), 1.0)
-            balance = balance * ((1 - _IDENTITY_SHARE) * relative + _IDENTITY_SHARE) ** 0.25
+            balance = balance * weight.float() ** 0.125
     power = (spread * balance**2).mean(-1, keepdim=True)
     scale = torch.where(power > 0, balance * power.rsqrt(), 1.0)
     return Parameters(centre, scale.bfloat16())
 
 
-def encode(x: Tensor, parameters: Parameters, *, role: Role, bits: int) -> tuple[Tensor, Tensor]:
+def cost(scale: Tensor, weight: Tensor | None) -> Tensor:
+    """What an error costs in each channel before the rotation, ``w / s^2`` up to a factor: float32, at most about 1.
+
+    Args:
+        scale: balance, ``[..., head_dim]``.
+        weight: as of `weights`, or None if all channels weigh the same.
+    """
+    scale = scale.float()
+    relative = (scale.amin(-1, keepdim=True) / scale).square()
+    return relative if weight is None else relative * weight.float()
+
+
+def _nearest(y: Tensor, radius: Tensor, bits: int) -> Tensor:
+    """Codes of the nearest entries, uint8; `radius` broadcasts to `y`."""
+    if bits == 8:
+        return (y * (steps(8) / radius)).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
+    return torch.bucketize((y / radius).contiguous(), thresholds(bits, y.device), out_int32=True).to(torch.uint8)
+
+
+def _shape(y: Tensor, price: Tensor, radius: Tensor, bits: int) -> Tensor:
+    """Codes whose error is small in the metric ``M = R^T diag(price) R``: successive cancellation.
+
+    ``M`` is a 2 x 2 block matrix ``[[A, B], [B, A]]`` whose blocks are metrics of the same kind, of half the size, with
+    the prices ``(p + q) / 2`` and ``(p - q) / 2``, where ``p`` and ``q`` are the halves of `price`: all of them are
+    diagonal under one transform. So the first half is rounded in the metric that is left when the second half does its
+    best, ``A - B A^-1 B`` (prices: the harmonic mean of p and q), its error ``e`` moves the second half's targets by
+    ``A^-1 B e``, and the second half is rounded in the metric ``A``. Without rounding to leaves this is the exact
+    ``L D L^T`` decomposition of M, at the price of Hadamard transforms.
+
+    Args:
+        y: ``[..., order, run]``, rotated tokens: `order` a power of two, `run` the odd rest of the head size.
+        price: broadcastable to `y`, positive.
+        radius: ``[..., 1, 1]``.
+        bits: width of a code.
+
+    Returns:
+        uint8, of the shape of `y`.
+    """
+    order, run = y.shape[-2:]
+    if order == 1 or order * run <= _LEAF:
+        return _nearest(y, radius, bits)
+    half = order // 2
+    p, q = price[..., :half, :], price[..., half:, :]
+    total = p + q
+    first = _shape(y[..., :half, :], 2 * p * q / total, radius, bits)
+    error = _butterflies(y[..., :half, :] - lookup(first, bits) * radius, half)
+    passed = (p - q) / total / half
+    if run > 1:
+        matrix = cosines(run, y.device)
+        error = (error @ matrix.T * passed) @ matrix
+    else:
+        error = error * passed
+    second = _shape(y[..., half:, :] + _butterflies(error, half), total / 2, radius, bits)
+    return torch.cat((first, second), -2)
+
+
+def encode(x: Tensor, parameters: Parameters, weight: Tensor | None, *, role: Role, bits: int) -> tuple[Tensor, Tensor]:
     """Quantises tokens.
 
-    The gain of keys keeps the inner product unbiased, ``gain = <y, y> / <y, u>``; that of values keeps the norm,
-    ``gain = |y| / |u|``.
+    Gains are chosen in the metric of `cost`, where ``<a, b> = sum_j cost_j a_j b_j`` before the rotation: that of keys
+    keeps the inner product unbiased, ``gain = <y, y> / <y, u>``, that of values keeps the norm, ``gain = |y| / |u|``.
+    Entries that point elsewhere (more than 45 degrees off, a token unlike all that was fitted) get the gain of least
+    error: no token is ever wrong by more than its own distance from the mean, in that metric.
 
     Args:
         x: float32 ``[..., head_dim]``, without nan; magnitudes above `LIMIT` saturate.
         parameters: broadcastable to `x`.
+        weight: as of `weights`, broadcastable to `x`, or None if all channels weigh the same.
         role: what the tokens are.
         bits: width of a code.
 
@@ -226,24 +314,30 @@ def encode(x: Tensor, parameters: Parameters, *, role: Role, bits: int) -> tuple
         Codes, uint8 ``[..., head_dim]``, and gains, float16 ``[...]`` in ``[0, 65504]``.
     """
     mean, scale = parameters.mean.float(), parameters.scale.float()
-    y = rotate((x.clamp(-LIMIT, LIMIT) - mean) * scale).clamp(-_COORDINATE_LIMIT, _COORDINATE_LIMIT)
-    power = y.square().sum(-1)
+    head_dim = x.shape[-1]
+    order = head_dim & -head_dim
     tiny = torch.finfo(torch.float32).tiny
+    balanced = ((x.clamp(-LIMIT, LIMIT) - mean) * scale).clamp(-_COORDINATE_LIMIT, _COORDINATE_LIMIT)
+    y = rotate(balanced)
     if bits == 8:
         # A grid up to the largest magnitude: half the error of a fixed clip, and an outlier is never cut off.
-        radius = (y.abs().amax(-1) * (steps(8) / 127)).clamp_min(tiny)
-        codes = (y * (steps(8) / radius)[..., None]).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
+        radius = y.abs().amax(-1) * (steps(8) / 127)
     else:
-        radius = (power / x.shape[-1]).sqrt().clamp_min(tiny)
-        codes = torch.bucketize(y / radius[..., None], thresholds(bits, x.device), out_int32=True).to(torch.uint8)
-    entry = lookup(codes, bits)
+        radius = (y.square().sum(-1) / head_dim).sqrt() * spread(bits)
+    radius = radius.clamp_min(tiny)[..., None]
+    price = cost(scale, weight)
+    codes = _shape(y.unflatten(-1, (order, -1)), price.unflatten(-1, (order, -1)), radius[..., None], bits).flatten(-2)
+    entry = unrotate(lookup(codes, bits))
+    priced = balanced * price
+    power = (balanced * priced).sum(-1)
+    inner = (entry * priced).sum(-1)
+    norm = (entry.square() * price).sum(-1)
+    least = inner / norm.clamp_min(tiny)
     if role == "key":
-        inner = (y * entry).sum(-1)
-        gain = torch.where(inner > 0, power / inner.clamp_min(tiny), 0.0)
+        gain = torch.where(inner * inner >= _LEAST_COSINE**2 * power * norm, power / inner.clamp_min(tiny), least)
     else:
-        norm = entry.square().sum(-1)
-        gain = torch.where(norm > 0, (power / norm.clamp_min(tiny)).sqrt(), 0.0)
-    return codes, gain.clamp_max(GAIN_MAX).half()
+        gain = torch.where(inner * inner >= _LEAST_COSINE**2 * power * norm, (power / norm.clamp_min(tiny)).sqrt(), least)
+    return codes, torch.where(inner > 0, gain, 0.0).clamp_max(GAIN_MAX).half()
 
 
 def decode(entry: Tensor, gain: Tensor, parameters: Parameters) -> Tensor:
@@ -255,40 +349,3 @@ def decode(entry: Tensor, gain: Tensor, parameters: Parameters) -> Tensor:
         parameters: broadcastable to `entry`.
     """
     return unrotate(entry * gain.float()[..., None]) / parameters.scale.float() + parameters.mean.float()
-
-
-def error_bound(peak: Tensor, *, head_dim: int, role: Role, bits: int) -> Tensor:
-    """Upper bound of ``|gain * u - y| / |y|`` for any token whatever, up to the gain's float16 rounding.
-
-    Let ``z = y / rms(y)``, so ``|z| = sqrt(d)``, and let theta be the angle between ``y`` and ``u``. The gain of keys
-    makes the error orthogonal to ``y``: it is ``|y| tan(theta)``. The gain of values keeps the norm: it is
-    ``2 |y| sin(theta / 2)``. Two facts bound theta:
-
-    1. ``sin(theta) <= |z - u| / |z|``. Inside the codebook a channel errs by at most half the widest gap; channels
-       beyond its outermost entry ``m`` err by ``|z_j| - m <= |z_j| (1 - m / peak)``, and their squares sum to at most
-       ``d``. So ``sin(theta)^2 <= half_gap^2 + max(0, 1 - m / peak)^2``. At 8 bits nothing is beyond and the gap is
-       ``peak / 127``.
-    2. ``cos(theta) >= (e / m) / peak`` with the innermost entry ``e``: signs agree, so ``<z, u> >= e sum |z_j|
-       >= e d / peak``, while ``|z| |u| <= d m``. (Not at 8 bits, where the innermost entry is zero.)
-
-    Args:
-        peak: float ``[...]``, largest magnitude of ``y`` over its root mean square, in ``[1, sqrt(head_dim)]``.
-        head_dim: number of channels.
-        role: what the token is.
-        bits: width of a code.
-    """
-    if bits == 8:
-        if head_dim >= 254**2:
-            raise ValueError(f"error_bound needs head_dim below {254**2} at 8 bits, got {head_dim}")
-        sine = peak / 254
-        cosine = torch.zeros_like(peak)
-    else:
-        book = [entry / steps(bits) for entry in entries(bits)]
-        half_gap = max(b - a for a, b in itertools.pairwise(book)) / 2
-        outermost, innermost = book[-1], book[len(book) // 2]
-        sine = (half_gap**2 + (1 - outermost / peak).clamp_min(0) ** 2).sqrt()
-        cosine = innermost / outermost / peak
-    cosine = cosine.maximum((1 - sine.square()).clamp_min(0).sqrt())
-    if role == "key":
-        return (1 / cosine.square() - 1).clamp_min(0).sqrt()
-    return (2 - 2 * cosine).clamp_min(0).sqrt()

@@ -11,7 +11,7 @@ from torch import Tensor
 from decoquant_compile.kernels import codec, tiles
 from decoquant_compile.kernels.codec import Role
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Of the stored format; part of every key, so that nothing compiled for one version reads another."""
 
 ALIGNMENT: Final = 64
@@ -20,13 +20,16 @@ ALIGNMENT: Final = 64
 UNSET: Final = -1
 """A position, start, parameter set or fit that does not exist."""
 
+REFIT_GROWTH: Final = 1.5
+"""A sequence is fitted anew whenever its tokens have grown by this factor."""
+
 NO_EPOCH: Final = 255
 """Epoch of a token that was written but not encoded: it has an exact copy among the sinks or in the window."""
 
 # Columns of `Sections.header`
 ORIGIN, END = range(2)
 # Columns of `Sections.rows`
-START, SET, TOTAL, FITTED, QUERIES = range(5)
+START, SET, TOTAL, FITTED, COUNT = range(5)
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
@@ -45,8 +48,8 @@ class Sections(NamedTuple):
     """int64 ``[2]``: ORIGIN, position of slot 0; END, highest position ever written + 1."""
     rows: Tensor
     """int64 ``[batch, 5]``: START, position of the sequence's first token; SET, parameter set in use; TOTAL, tokens
-    that entered the statistics since the sequence began; FITTED, TOTAL at its last fit; QUERIES, queries seen since
-    that fit, negative if `energy` is from before it. START, SET and FITTED are UNSET where there is none."""
+    that entered the statistics since the sequence began; FITTED, TOTAL at its last fit; COUNT, tokens that the
+    statistics stand for. START, SET and FITTED are UNSET where there is none."""
     raw: Tensor
     """Cache dtype ``[batch, heads, slots, head_dim]``."""
     planes: tuple[Tensor, ...]
@@ -60,9 +63,11 @@ class Sections(NamedTuple):
     scales: Tensor
     """bfloat16 ``[batch, sets, heads, head_dim]``."""
     average: Tensor
-    """float32 ``[batch, heads, head_dim]``: channel means since the last fit."""
+    """float32 ``[batch, heads, head_dim]``: channel means. Each fit halves the weight of the tokens before it."""
     deviation: Tensor
     """float32 ``[batch, heads, head_dim]``: sum of squared deviations from `average`."""
+    weights: Tensor
+    """bfloat16 ``[batch, heads, head_dim]`` for keys: channel weights of the last fit; no heads for values."""
     energy: Tensor
     """float32 ``[batch, heads, head_dim]`` for keys: sum of the squared queries; no heads for values."""
     sinks: Tensor
@@ -112,6 +117,7 @@ class Layout:
         sections.rows[:, [START, SET, FITTED]] = UNSET
         sections.gains.fill_(-1)
         sections.scales.fill_(1)  # a set without a fit is still a valid transform
+        sections.weights.fill_(1)
         sections.sink_positions.fill_(UNSET)
         sections.window_positions.fill_(UNSET)
 
@@ -155,7 +161,7 @@ class Format:
             object.__setattr__(self, "window", 0)
 
     def key(self) -> str:
-        """Compact form for operator arguments, such as ``"v2:key:4:128:bfloat16:4:64"``."""
+        """Compact form for operator arguments, such as ``"v3:key:4:128:bfloat16:4:64"``."""
         return f"v{VERSION}:{self.role}:{self.bits}:{self.head_dim}:{_NAMES[self.dtype]}:{self.sinks}:{self.window}"
 
     @staticmethod
@@ -197,8 +203,9 @@ def _layout(form: Format, batch: int, heads: int, slots: int) -> Layout:
             raise ValueError(f"{name} must be at least 1, got {size}")
     coded = form.bits != 16
     kept = tiles.capacity(slots) if coded else 0
-    # Refits come at doubling counts, so this many sets serve a full cache, and two more an earlier sequence in it.
-    sets = max(0, math.ceil(math.log2(slots / max(1, form.sinks + form.window)))) + 3 if coded else 0
+    # Refits come at counts that grow so much, so this many sets serve a full cache, and two more an earlier sequence.
+    growth = slots / max(1, form.sinks + form.window)
+    sets = max(0, math.ceil(math.log(growth, REFIT_GROWTH))) + 3 if coded else 0
     sinks, window = min(form.sinks, slots), min(form.window, slots)
     channels = (batch, heads, form.head_dim)
     key = form.role == "key"
@@ -214,6 +221,7 @@ def _layout(form: Format, batch: int, heads: int, slots: int) -> Layout:
         (torch.bfloat16, (batch, sets, heads, form.head_dim)),
         (torch.float32, channels if coded else (batch, 0, form.head_dim)),
         (torch.float32, channels if coded else (batch, 0, form.head_dim)),
+        (torch.bfloat16, channels if coded and key else (batch, 0, form.head_dim)),
         (torch.float32, channels if coded and key else (batch, 0, form.head_dim)),
         (form.dtype, (batch, heads, sinks, form.head_dim)),
         (torch.int64, (batch, sinks)),

@@ -16,15 +16,15 @@ from decoquant_compile.kernels.format import Format
 _LIBRARY: Final = torch.library.Library("decoquant", "DEF")
 
 _STORE: Final = (
-    "store_v2(Tensor(a!) state, Tensor new, Tensor positions, Tensor? query, Tensor? mask, SymInt slots, SymInt shift,"
+    "store_v3(Tensor(a!) state, Tensor new, Tensor positions, Tensor? query, Tensor? mask, SymInt slots, SymInt shift,"
     " SymInt first, str format, Tensor? rows=None) -> ()"
 )
 _ATTEND: Final = (
-    "attend_v2(Tensor query, Tensor key_state, Tensor value_state, Tensor key, Tensor value, Tensor positions,"
+    "attend_v3(Tensor query, Tensor key_state, Tensor value_state, Tensor key, Tensor value, Tensor positions,"
     " Tensor? mask, float? scale, float? softcap, SymInt slots, SymInt first, SymInt length,"
     " str key_format, str value_format) -> Tensor"
 )
-_DEQUANTISE: Final = "dequantise_v2(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format) -> Tensor"
+_DEQUANTISE: Final = "dequantise_v3(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format) -> Tensor"
 
 
 def _store(
@@ -106,9 +106,9 @@ _register(_STORE, _store, _store_fake)
 _register(_ATTEND, _attend, _attend_fake)
 _register(_DEQUANTISE, _dequantise, _dequantise_fake)
 
-store: Final = torch.ops.decoquant.store_v2.default
+store: Final = torch.ops.decoquant.store_v3.default
 """`reference.store` with the format as a key."""
-attend: Final = torch.ops.decoquant.attend_v2.default
+attend: Final = torch.ops.decoquant.attend_v3.default
 """`reference.attend` with the formats as keys."""
-dequantise: Final = torch.ops.decoquant.dequantise_v2.default
+dequantise: Final = torch.ops.decoquant.dequantise_v3.default
 """`reference.dequantise` with the format as a key."""

@@ -20,11 +20,12 @@ from torch import Tensor
 from decoquant_compile.kernels import codec, tiles
 from decoquant_compile.kernels.codec import Parameters
 from decoquant_compile.kernels.format import (
+    COUNT,
     END,
     FITTED,
     NO_EPOCH,
     ORIGIN,
-    QUERIES,
+    REFIT_GROWTH,
     SET,
     START,
     TOTAL,
@@ -126,7 +127,7 @@ def _accumulate(sections: Sections, tokens: _Tokens, query: Tensor | None) -> No
     """Adds the counted tokens to the running statistics (Chan, Golub and LeVeque's pairwise update)."""
     rows = sections.rows
     heads, count = tokens.values.shape[1:3]
-    seen = (rows[:, TOTAL] - rows[:, FITTED].clamp_min(0)).float()
+    seen = rows[:, COUNT].float()
     for block in _token_blocks(0, count, tokens.values[:, :, 0].numel()):
         weight = tokens.counted[:, None, block, None]
         added = tokens.counted[:, block].sum(1).float()
@@ -141,15 +142,14 @@ def _accumulate(sections: Sections, tokens: _Tokens, query: Tensor | None) -> No
         if query is not None and sections.energy.shape[1]:
             q = query[:, :, block].float().unflatten(1, (heads, -1))
             valid = tokens.counted[:, block] & (q.abs() <= codec.LIMIT).all(-1).flatten(1, 2).all(1)
-            stale = (rows[:, QUERIES] < 0) & valid.any(1)
-            sections.energy.masked_fill_(stale[:, None, None], 0)
-            rows[:, QUERIES].masked_fill_(stale, 0)
             sections.energy.add_(torch.where(valid[:, None, None, :, None], q, 0.0).square_().sum((2, 3)))
-            rows[:, QUERIES].add_(valid.sum(1))
-    rows[:, TOTAL].add_(tokens.counted.sum(1))
+    for column in (TOTAL, COUNT):
+        rows[:, column].add_(tokens.counted.sum(1))
 
 
-def _adopt(sections: Sections, wanted: Tensor, parameters: Parameters, overwritten: Tensor) -> Tensor:
+def _adopt(
+    sections: Sections, wanted: Tensor, parameters: Parameters, weight: Tensor | None, overwritten: Tensor
+) -> Tensor:
     """Puts new parameters into a free set of each wanted row and makes it the row's own.
 
     A set is free if no token names it, those about to be overwritten aside. A row without a free set keeps the set it
@@ -159,6 +159,7 @@ def _adopt(sections: Sections, wanted: Tensor, parameters: Parameters, overwritt
         sections: the state.
         wanted: bool ``[batch]``.
         parameters: ``[batch, heads, head_dim]``.
+        weight: the channel weights they were fitted with, ``[batch, heads, head_dim]``; None: all the same.
         overwritten: bool ``[batch, slots]``, by ring index.
 
     Returns:
@@ -174,13 +175,14 @@ def _adopt(sections: Sections, wanted: Tensor, parameters: Parameters, overwritt
     number = free.int().argmax(1)[row]
     if sections.means.shape[1]:
         sections.means[row, number] = parameters.mean[row]
+        sections.weights[row] = 1 if weight is None else weight[row]
     sections.scales[row, number] = parameters.scale[row]
     sections.rows[row, SET] = number
     return got
 
 
 def _refit(sections: Sections, form: Format, first: Tensor, overwritten: Tensor) -> None:
-    """Fits the rows that have no parameters and need them, and those whose tokens have doubled since the last fit.
+    """Fits the rows that have no parameters and need them, and those whose tokens have grown enough since the last fit.
 
     Args:
         sections: the state, with the statistics of the tokens about to be written.
@@ -190,18 +192,20 @@ def _refit(sections: Sections, form: Format, first: Tensor, overwritten: Tensor)
     """
     rows = sections.rows
     total, fitted = rows[:, TOTAL], rows[:, FITTED]
-    again = (fitted >= 0) & (total >= (2 * fitted).clamp_min(1))
+    again = (fitted >= 0) & (total >= (REFIT_GROWTH * fitted.double()).clamp_min(1))
     wanted = first | again
     if not wanted.any():
         return
-    count = (total - fitted.clamp_min(0))[:, None, None].clamp_min(1).float()
-    weight = sections.energy if sections.energy.shape[1] else None
-    parameters = codec.fit(sections.average, sections.deviation / count, weight, role=form.role, bits=form.bits)
-    got = _adopt(sections, wanted, parameters, overwritten)
+    count = rows[:, COUNT, None, None].clamp_min(1).float()
+    weight = codec.weights(sections.energy) if sections.energy.shape[1] else None
+    parameters = codec.fit(sections.average, sections.deviation / count, weight, role=form.role)
+    got = _adopt(sections, wanted, parameters, weight, overwritten)
     fitted.copy_(torch.where(got, total, torch.where(first, 0, fitted)))
-    for statistic in (sections.average, sections.deviation):
-        statistic.masked_fill_(got[:, None, None], 0)
-    rows[:, QUERIES].copy_(torch.where(got, -rows[:, QUERIES].abs(), rows[:, QUERIES]))
+    # What follows may be of another kind: the past counts half as much with each fit.
+    rows[:, COUNT].sub_(torch.where(got, rows[:, COUNT] // 2, 0))
+    share = torch.where(got, 0.5, 1.0)[:, None, None]
+    sections.deviation.mul_(share)
+    sections.energy.mul_(share)
 
 
 def _fit_padding(sections: Sections, form: Format, tokens: _Tokens, overwritten: Tensor) -> None:
@@ -221,8 +225,8 @@ def _fit_padding(sections: Sections, form: Format, tokens: _Tokens, overwritten:
         x = torch.where(padding[:, None, block, None], x, 0.0) / count[..., None]
         mean += x.sum(2)
         power += (x**2).sum(2) * count
-    parameters = codec.fit(mean, (power - mean**2).clamp_min(0), None, role=form.role, bits=form.bits)
-    _adopt(sections, wanted, parameters, overwritten)
+    parameters = codec.fit(mean, (power - mean**2).clamp_min(0), None, role=form.role)
+    _adopt(sections, wanted, parameters, None, overwritten)
 
 
 def _put(sections: Sections, form: Format, values: Tensor, index: Tensor, keep: Tensor, encoded: Tensor) -> None:
@@ -238,6 +242,7 @@ def _put(sections: Sections, form: Format, values: Tensor, index: Tensor, keep: 
     """
     sets = sections.rows[:, SET].clamp_min(0)
     parameters = _parameters(sections, sets[:, None])
+    weight = sections.weights[:, :, None] if form.role == "key" else None
     for block in _token_blocks(0, values.shape[2], values[:, :, 0].numel()):
         row, token = keep[:, block].nonzero(as_tuple=True)
         if not len(row):
@@ -247,7 +252,7 @@ def _put(sections: Sections, form: Format, values: Tensor, index: Tensor, keep: 
         codes_wanted = encoded[:, block][row, token]
         gains = torch.zeros_like(x[..., 0], dtype=torch.float16)
         if codes_wanted.any():
-            codes, gains = codec.encode(x.float(), parameters, role=form.role, bits=form.bits)
+            codes, gains = codec.encode(x.float(), parameters, weight, role=form.role, bits=form.bits)
             chosen = codes_wanted.nonzero().flatten()
             at = row[chosen], slice(None), token[chosen]
             tiles.write(sections.planes, codes[at], row[chosen], slot[chosen], role=form.role, bits=form.bits)
@@ -426,7 +431,7 @@ def _begin(
     rows[:, START].copy_(torch.where(begin, start, rows[:, START]))
     rows[:, TOTAL].masked_fill_(begin, 0)
     rows[:, FITTED].masked_fill_(begin, UNSET)
-    rows[:, QUERIES].masked_fill_(begin, 0)
+    rows[:, COUNT].masked_fill_(begin, 0)
     for statistic in (sections.average, sections.deviation, sections.energy):
         statistic.masked_fill_(begin[:, None, None], 0)
 

@@ -15,10 +15,13 @@ namespace decoquant {
 constexpr float LIMIT = 0x1p50f;              // larger magnitudes are saturated before encoding
 constexpr float GAIN_MAX = 65504.0f;          // largest float16
 constexpr float BALANCE_FLOOR = 1e-6f;        // of the largest channel variance
-constexpr float IDENTITY_SHARE = 0.2f;        // mixed into the query weights
+constexpr float IDENTITY_SHARE = 0.02f;       // mixed into the query weights
 constexpr float CONSTANT_FLOOR = 0x1p-16f;    // variance, relative to the mean's square, of a constant channel
 constexpr float COORDINATE_LIMIT = 0x1p24f;   // beyond what any gain can express
 constexpr float TINY = FLT_MIN;               // smallest normal float32
+constexpr int64_t LEAF = 8;                   // channels that are rounded at once
+constexpr float LEAST_COSINE = 0.70710678f;   // below it a gain is the one of least error
+constexpr double REFIT_GROWTH = 1.5;          // of the tokens of a sequence, from one fit to the next
 constexpr uint16_t NEVER_WRITTEN = 0xbc00;    // -1 in float16, the gain of a slot never written or exactly zero
 
 inline bool is_written(uint16_t gain) { return !(gain & 0x8000); }
@@ -37,10 +40,10 @@ inline float* scratch_rows(int64_t count, int64_t size) {
   return memory.data();
 }
 
-// The same for `padded_dim` codes.
+// The same for `padded_dim` codes and a register more.
 inline uint8_t* scratch_codes(const Layout& layout) {
   static thread_local std::vector<uint8_t> memory;
-  const auto needed = static_cast<size_t>(layout.padded_dim);
+  const auto needed = static_cast<size_t>(layout.padded_dim + WIDTH);
   if (memory.size() < needed) memory.resize(needed);
   return memory.data();
 }
@@ -212,9 +215,19 @@ inline float mean_of(const float* x, int64_t size) {
   return static_cast<float>(total / static_cast<double>(size));
 }
 
-// codec.fit for one head: `weight` may be null; `mean_out` is null for values; `memory` has two rows.
-inline void fit(const Layout& layout, const float* mean, const float* variance, const float* weight, uint16_t* mean_out,
-                uint16_t* scale_out, float* memory) {
+// codec.weights for one head.
+inline void weights_of(const float* energy, int64_t size, uint16_t* weights) {
+  const float average = mean_of(energy, size);
+  for (int64_t i = 0; i < size; ++i) {
+    const float relative = average > 0 ? energy[i] / std::max(average, TINY) : 1.0f;
+    weights[i] = to_bfloat16((1 - IDENTITY_SHARE) * relative + IDENTITY_SHARE);
+  }
+}
+
+// codec.fit for one head: `weights` is null if all channels weigh the same; `mean_out` is null for values; `memory` has
+// two rows.
+inline void fit(const Layout& layout, const float* mean, const float* variance, const uint16_t* weights,
+                uint16_t* mean_out, uint16_t* scale_out, float* memory) {
   const int64_t size = layout.head_dim;
   float *spread = memory, *balance = memory + whole_registers(size);
   float widest = 0;
@@ -229,17 +242,12 @@ inline void fit(const Layout& layout, const float* mean, const float* variance, 
     spread[i] = std::max(variance[i] + distance * distance, CONSTANT_FLOOR * (centre * centre));
     widest = std::max(widest, spread[i]);
   }
-  if (!layout.key && layout.bits > 2) {
-    std::fill_n(balance, size, 1.0f);
-  } else {
-    const float floor = std::max(BALANCE_FLOOR * widest, TINY);
-    const float average = weight == nullptr ? 0 : mean_of(weight, size);
-    for (int64_t i = 0; i < size; ++i) {
-      balance[i] = 1.0f / std::sqrt(std::sqrt(std::max(spread[i], floor)));
-      if (weight == nullptr) continue;
-      const float relative = average > 0 ? weight[i] / std::max(average, TINY) : 1.0f;
-      balance[i] *= std::sqrt(std::sqrt((1 - IDENTITY_SHARE) * relative + IDENTITY_SHARE));
-    }
+  const float floor = std::max(BALANCE_FLOOR * widest, TINY);
+  for (int64_t i = 0; i < size; ++i) {
+    const float deviation = std::sqrt(std::max(spread[i], floor));
+    const float fourth_root = std::sqrt(deviation);
+    balance[i] = 1.0f / (layout.key ? fourth_root * std::sqrt(fourth_root) : deviation);
+    if (weights != nullptr) balance[i] *= std::sqrt(std::sqrt(std::sqrt(from_bfloat16(weights[i]))));
   }
   for (int64_t i = 0; i < size; ++i) spread[i] *= balance[i] * balance[i];
   const float power = mean_of(spread, size);
@@ -249,121 +257,171 @@ inline void fit(const Layout& layout, const float* mean, const float* variance, 
 
 // ------------------------------------------------------------------------------------------------------ encode, decode
 
-// The row being encoded: in registers if the head size is known when compiling, else in memory.
-template <int DIM>
-struct Coordinates {
-  static constexpr int COUNT = DIM / WIDTH;
-  Floats y[COUNT];
+// What codec._shape needs of the parameters of a head, and memory for one token.
+class Shaping {
+ public:
+  // `weights`, bfloat16, is null if all channels weigh the same. Takes `rows(layout)` rows of memory.
+  Shaping(const Layout& layout, const float* scale, const uint16_t* weights, float* memory) {
+    const int64_t size = layout.head_dim, stride = whole_registers(size);
+    float* price_row = memory;
+    balanced = memory + stride;
+    entries = memory + 2 * stride;
+    error = memory + 3 * stride;
+    targets = memory + 4 * stride;
+    ratios_ = memory + 5 * stride;
+    half_ = size / 2;
+    float least = FLT_MAX;
+    for (int64_t i = 0; i < size; ++i) least = std::min(least, scale[i]);
+    for (int64_t i = 0; i < size; ++i) {
+      const float relative = least / scale[i];
+      price_row[i] = relative * relative;
+      if (weights != nullptr) price_row[i] *= from_bfloat16(weights[i]);
+    }
+    std::fill(price_row + size, price_row + stride, 0.0f);
+    price = price_row;
+    std::copy_n(price, size, balanced);
+    divide(0, 0, size, size & -size, balanced);
+  }
 
-  Coordinates(const Layout&, const float*) {}
-  DECOQUANT_INLINE Floats get(int i) const { return y[i]; }
-  DECOQUANT_INLINE void set(int i, Floats value) { y[i] = value; }
-  template <class Body>
-  DECOQUANT_INLINE void each(const Body& body) const {
-    DECOQUANT_UNROLL for (int i = 0; i < COUNT; ++i) body(i);
+  // Splits of a row into halves, one after the other, until it is a leaf.
+  static int64_t levels(int64_t size) {
+    int64_t count = 0;
+    for (int64_t order = size & -size; order > 1 && size > LEAF; order /= 2, size /= 2) ++count;
+    return count;
   }
-  DECOQUANT_INLINE void rotate(const Layout& layout) {  // as rotation.hpp
-    DECOQUANT_UNROLL for (int i = 0; i < COUNT; ++i) {
-      y[i] = butterflies(y[i] * load<Floats>(layout.signs + i * WIDTH));
+  static int64_t rows(const Layout& layout) { return 5 + (levels(layout.head_dim) + 1) / 2; }
+
+  // A^-1 B of the node with `size` channels from `begin` on, with the norm of two transforms.
+  const float* ratios(int64_t level, int64_t begin) const { return ratios_ + level * half_ + begin / 2; }
+
+  const float* price;
+  float *balanced, *entries, *error, *targets;  // rows
+
+ private:
+  // `prices` of the node, consumed.
+  void divide(int64_t level, int64_t begin, int64_t size, int64_t order, float* prices) {
+    if (order == 1 || size <= LEAF) return;
+    const int64_t half = size / 2;
+    float *first = prices, *second = prices + half, *ratio = ratios_ + level * half_ + begin / 2;
+    const auto transform = static_cast<float>(order / 2);
+    for (int64_t i = 0; i < half; ++i) {
+      const float p = first[i], q = second[i], total = p + q;
+      ratio[i] = (p - q) / total / transform;
+      first[i] = 2 * p * q / total;
+      second[i] = total / 2;
     }
-    DECOQUANT_UNROLL for (int half = 1; half < COUNT; half *= 2) {
-      DECOQUANT_UNROLL for (int i = 0; i < COUNT; ++i) {
-        if (i & half) continue;
-        const Floats left = y[i], right = y[i + half];
-        y[i] = left + right;
-        y[i + half] = left - right;
-      }
-    }
-    const float norm = 1.0f / std::sqrt(static_cast<float>(DIM));
-    DECOQUANT_UNROLL for (int i = 0; i < COUNT; ++i) y[i] *= norm;
+    divide(level + 1, begin, half, order / 2, first);
+    divide(level + 1, begin + half, half, order / 2, second);
   }
+
+  float* ratios_;
+  int64_t half_;
 };
 
-template <>
-struct Coordinates<0> {
-  float* x;
-  int64_t count;
+// codec._shape: codes and, in units of the radius, entries of a rotated token.
+template <int BITS>
+class Shaper {
+ public:
+  Shaper(const Layout& layout, const Codebook& book, const Shaping& shaping, float radius, uint8_t* codes)
+      : layout_(layout), book_(book), shaping_(shaping), radius_(radius), thresholds_(book, radius), codes_(codes) {}
 
-  Coordinates(const Layout& layout, float* memory) : x(memory), count(whole_registers(layout.head_dim) / WIDTH) {}
-  DECOQUANT_INLINE Floats get(int64_t i) const { return load<Floats>(x + i * WIDTH); }
-  DECOQUANT_INLINE void set(int64_t i, Floats value) { store(x + i * WIDTH, value); }
-  template <class Body>
-  DECOQUANT_INLINE void each(const Body& body) const {
-    for (int64_t i = 0; i < count; ++i) body(i);
+  void run(const float* y) const {
+    const int64_t size = layout_.head_dim;
+    shape(0, 0, size, size & -size, y, shaping_.targets);
   }
-  void rotate(const Layout& layout) { decoquant::rotate(layout, x); }
+
+ private:
+  // The node with `size` channels from `begin` on: `y` are its targets, `memory` has room for those of nodes below.
+  void shape(int64_t level, int64_t begin, int64_t size, int64_t order, const float* y, float* memory) const {
+    if (order == 1 || size <= LEAF) {
+      round(begin, size, y);
+      return;
+    }
+    const int64_t half = size / 2, run = size / order;
+    order /= 2;
+    shape(level + 1, begin, half, order, y, memory);
+    float* error = shaping_.error;
+    const float *entries = shaping_.entries + begin, *ratios = shaping_.ratios(level, begin);
+    for (int64_t i = 0; i < half; ++i) error[i] = y[i] - entries[i] * radius_;
+    hadamard(error, order, run);
+    if (run > 1) multiply_runs(error, order, run, layout_.cosines, true);
+    for (int64_t i = 0; i < half; ++i) error[i] *= ratios[i];
+    if (run > 1) multiply_runs(error, order, run, layout_.cosines, false);
+    hadamard(error, order, run);
+    for (int64_t i = 0; i < half; ++i) memory[i] = y[half + i] + error[i];
+    shape(level + 1, begin + half, half, order, memory, memory + half);
+  }
+
+  // To the nearest entries. What is written beyond the end is written again by the next leaf, or of no account.
+  void round(int64_t begin, int64_t size, const float* y) const {
+    typedef uint8_t Narrow __attribute__((vector_size(WIDTH)));
+    for (int64_t i = 0; i < size; i += WIDTH) {
+      const Ints code = thresholds_.below(load<Floats>(y + i));
+      store(codes_ + begin + i, __builtin_convertvector(code, Narrow));
+      store(shaping_.entries + begin + i, entry_of<BITS>(book_, code));
+    }
+  }
+
+  const Layout& layout_;
+  const Codebook& book_;
+  const Shaping& shaping_;
+  const float radius_;
+  const Thresholds<BITS> thresholds_;
+  uint8_t* codes_;
 };
 
 // codec.encode: writes `padded_dim` codes and returns the gain in float16. Consumes x, which must be finite.
-using Encode = uint16_t (*)(const Layout& layout, const Codebook& book, const Parameters& parameters, float* x,
-                            uint8_t* codes);
+using Encode = uint16_t (*)(const Layout& layout, const Codebook& book, const Parameters& parameters,
+                            const Shaping& shaping, float* x, uint8_t* codes);
 
-template <int BITS, int DIM>
-uint16_t encode_of(const Layout& layout, const Codebook& book, const Parameters& parameters, float* x,
-                   uint8_t* codes) {
-  typedef uint8_t Narrow __attribute__((vector_size(WIDTH)));
-  const int64_t size = DIM > 0 ? DIM : layout.head_dim;
-  Coordinates<DIM> row(layout, x);
-  row.each([&](auto i) __attribute__((always_inline)) {
-    const Floats centred = clamp(load<Floats>(x + i * WIDTH), LIMIT) - load<Floats>(parameters.mean + i * WIDTH);
-    row.set(i, centred * load<Floats>(parameters.scale + i * WIDTH));
-  });
-  row.rotate(layout);
+template <int BITS>
+uint16_t encode_of(const Layout& layout, const Codebook& book, const Parameters& parameters, const Shaping& shaping,
+                   float* x, uint8_t* codes) {
+  const int64_t size = layout.head_dim, stride = whole_registers(size);
+  for (int64_t i = 0; i < stride; i += WIDTH) {
+    const Floats centred = clamp(load<Floats>(x + i), LIMIT) - load<Floats>(parameters.mean + i);
+    const Floats y = clamp(centred * load<Floats>(parameters.scale + i), COORDINATE_LIMIT);
+    store(shaping.balanced + i, y);
+    store(x + i, y);
+  }
+  rotate(layout, x);
+  std::fill(x + size, x + stride, 0.0f);
   Floats squares{}, peak{};
-  row.each([&](auto i) __attribute__((always_inline)) {
-    const Floats y = clamp(row.get(i), COORDINATE_LIMIT);
-    row.set(i, y);
+  for (int64_t i = 0; i < stride; i += WIDTH) {
+    const Floats y = load<Floats>(x + i);
     squares += y * y;
     if constexpr (BITS == 8) peak = max(peak, magnitude(y));
-  });
-  const float power = sum(squares);
-
+  }
   float radius;
   if constexpr (BITS == 8) {
-    radius = std::max(largest(peak) * static_cast<float>(32.0 / 127), TINY);
+    radius = largest(peak) * static_cast<float>(32.0 / 127);
   } else {
-    radius = std::max(std::sqrt(power / static_cast<float>(size)), TINY);
+    radius = std::sqrt(sum(squares) / static_cast<float>(size)) * static_cast<float>(layout.spread);
   }
-  const Thresholds<BITS> thresholds(book, radius);
-  const bool key = layout.key;
-  Floats products{};
-  row.each([&](auto i) __attribute__((always_inline)) {
-    const Floats y = row.get(i);
-    const Ints code = thresholds.below(y);
-    store(codes + i * WIDTH, __builtin_convertvector(code, Narrow));
-    Floats entry = entry_of<BITS>(book, code);
-    if (DIM == 0 && (i + 1) * WIDTH > size) {
-      DECOQUANT_UNROLL for (int lane = 0; lane < WIDTH; ++lane) entry[lane] = i * WIDTH + lane < size ? entry[lane] : 0;
-    }
-    products += entry * (key ? y : entry);
-  });
-  if (DIM == 0) memset(codes + size, 0, layout.padded_dim - size);
+  Shaper<BITS>(layout, book, shaping, std::max(radius, TINY), codes).run(x);
+  memset(codes + size, 0, layout.padded_dim - size);
+  std::fill(shaping.entries + size, shaping.entries + stride, 0.0f);
+  unrotate(layout, shaping.entries);
 
-  const float product = sum(products);
-  float gain = 0;
-  if (product > 0) {
-    gain = power / std::max(product, TINY);
-    if (!key) gain = std::sqrt(gain);
+  Floats powers{}, inners{}, norms{};
+  for (int64_t i = 0; i < stride; i += WIDTH) {
+    const Floats price = load<Floats>(shaping.price + i), y = load<Floats>(shaping.balanced + i);
+    const Floats entry = load<Floats>(shaping.entries + i), priced = select(price > 0.0f, y * price, Floats{});
+    powers += priced * y;
+    inners += priced * entry;
+    norms += entry * entry * price;
+  }
+  const float power = sum(powers), inner = sum(inners), norm = sum(norms);
+  if (!(inner > 0)) return 0;
+  float gain = inner / std::max(norm, TINY);
+  if (inner * inner >= LEAST_COSINE * LEAST_COSINE * power * norm) {
+    gain = layout.key ? power / std::max(inner, TINY) : std::sqrt(power / std::max(norm, TINY));
   }
   return to_half(std::min(gain, GAIN_MAX));
 }
 
-template <int BITS>
-Encode encode_for_size(int64_t head_dim) {
-  if constexpr (WIDTH >= 4) {
-    if (head_dim == 64) return encode_of<BITS, 64>;
-  }
-  if constexpr (WIDTH >= 8) {
-    if (head_dim == 128) return encode_of<BITS, 128>;
-  }
-  if constexpr (WIDTH >= 16) {
-    if (head_dim == 256) return encode_of<BITS, 256>;
-  }
-  return encode_of<BITS, 0>;
-}
-
 inline Encode encode_for(const Layout& layout) {
-  return for_bits(layout.bits, [&](auto width) { return encode_for_size<width()>(layout.head_dim); });
+  return for_bits(layout.bits, [](auto width) -> Encode { return encode_of<width()>; });
 }
 
 // codec.decode: a row from `padded_dim` codes.

@@ -84,7 +84,8 @@ def bind(key: str, batch: int, heads: int, slots: int) -> Bound:
         *offsets[3 + span.planes :],
         *tables,
     )
-    layout = struct.pack(f"@{len(numbers)}qd", *numbers, codec.steps(form.bits) if coded else 1.0)
+    scalars = (codec.steps(form.bits), codec.spread(form.bits)) if coded else (1.0, 1.0)
+    layout = struct.pack(f"@{len(numbers)}q2d", *numbers, *scalars)
     return Bound(form, span.nbytes, layout)
 
 

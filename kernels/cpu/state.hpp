@@ -15,7 +15,7 @@ constexpr int64_t LANES = 16;       // tokens of a key tile, channels of a value
 constexpr int64_t QUAD = 4;         // neighbours that one 32-bit lane holds: channels of keys, tokens of values
 
 enum Header : int64_t { ORIGIN, END };
-enum Row : int64_t { START, SET, TOTAL, FITTED, QUERIES, ROW_FIELDS };
+enum Row : int64_t { START, SET, TOTAL, FITTED, COUNT, ROW_FIELDS };
 
 // Filled in by Python (kernels/cpu/native.py), field by field in this order; every field has 8 bytes.
 struct Layout {
@@ -36,7 +36,7 @@ struct Layout {
   // Byte offsets of the sections in the buffer; shapes as in `Sections`
   int64_t header, rows, raw;
   int64_t plane[2];
-  int64_t gains, epochs, means, scales, average, deviation, energy;
+  int64_t gains, epochs, means, scales, average, deviation, weights, energy;
   int64_t sink_tokens_at, sink_positions, window_tokens_at, window_positions;
 
   // Codec
@@ -44,7 +44,8 @@ struct Layout {
   const float* thresholds;    // [2 ** bits - 1]
   const float* signs;         // [head_dim], of the rotation
   const float* cosines;       // [odd, odd] for head_dim = power of two * odd, row-major [sample, frequency]
-  double steps;
+  double steps;               // of entries per radius
+  double spread;              // radius over root mean square
 };
 
 // A tensor of at most four dimensions, strides in elements.

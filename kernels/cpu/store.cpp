@@ -116,6 +116,11 @@ int64_t first_admitted(const Write& write, int64_t row, int64_t begin) {
 
 // --------------------------------------------------------------------------------------------------------------- codes
 
+uint16_t* weights_of_head(const Layout& layout, void* state, int64_t row, int64_t head) {
+  if (!layout.key) return nullptr;
+  return at<uint16_t>(state, layout.weights) + (row * layout.heads + head) * layout.head_dim;
+}
+
 // Writes codes and gains of one head, with one parameter set.
 class HeadWriter {
  public:
@@ -124,10 +129,12 @@ class HeadWriter {
         layout_(*write.layout),
         gains_(at<uint16_t>(write.state, layout_.gains) + (row * layout_.heads + head) * layout_.capacity),
         planes_(layout_, write.state, row, head),
-        codes_(scratch_codes(layout_)) {
-    float* memory = scratch_rows(3, layout_.head_dim);
-    parameters_ = load_parameters(layout_, write.state, row, set, head, memory);
-    x = memory + 2 * whole_registers(layout_.head_dim);
+        codes_(scratch_codes(layout_)),
+        memory_(scratch_rows(3 + Shaping::rows(layout_), layout_.head_dim)),
+        parameters_(load_parameters(layout_, write.state, row, set, head, memory_)),
+        shaping_(layout_, parameters_.scale, weights_of_head(layout_, write.state, row, head),
+                 memory_ + 3 * whole_registers(layout_.head_dim)) {
+    x = memory_ + 2 * whole_registers(layout_.head_dim);
   }
 
   // Writes the token in `x`, which is finite and gets lost: encoded, or as written but not encoded.
@@ -135,7 +142,7 @@ class HeadWriter {
     const bool nonzero = magnitudes(x, layout_.head_dim, LIMIT).nonzero;
     uint16_t gain = 0;
     if (encoded) {
-      gain = write_.encode(layout_, write_.book, parameters_, x, codes_);
+      gain = write_.encode(layout_, write_.book, parameters_, shaping_, x, codes_);
       write_codes(layout_, planes_, slot, codes_);
     }
     gains_[slot] = nonzero ? gain : NEVER_WRITTEN;
@@ -149,7 +156,9 @@ class HeadWriter {
   uint16_t* gains_;
   HeadPlanes planes_;
   uint8_t* codes_;
+  float* memory_;
   Parameters parameters_;
+  Shaping shaping_;
 };
 
 // ---------------------------------------------------------------------------------------------------------------- row
@@ -328,7 +337,7 @@ class RowWrite {
     }
     fields_[TOTAL] = 0;
     fields_[FITTED] = UNSET;
-    fields_[QUERIES] = 0;
+    fields_[COUNT] = 0;
     const int64_t count = layout_.heads * layout_.head_dim;
     std::fill_n(channels(layout_.average, 0), count, 0.0f);
     std::fill_n(channels(layout_.deviation, 0), count, 0.0f);
@@ -384,27 +393,23 @@ class RowWrite {
   void accumulate() {
     const int64_t counted = count(COUNTED);
     if (counted == 0) return;
-    const auto seen = static_cast<float>(fields_[TOTAL] - std::max<int64_t>(0, fields_[FITTED]));
+    const auto seen = static_cast<float>(fields_[COUNT]);
     parallel_over(layout_.heads, [&](int64_t head) { accumulate_tokens(head, seen); });
     fields_[TOTAL] += counted;
+    fields_[COUNT] += counted;
     if (!layout_.key || write_.query.data == nullptr) return;
 
     // Queries count where all of a token's are ordinary numbers. That is so if no sum shows the square of another.
     const int64_t size = layout_.heads * layout_.head_dim;
     auto& sums = memory_.values;
     sums.resize(size);
-    int64_t queried = counted;
     sum_queries(COUNTED);
     if (!std::all_of(sums.begin(), sums.end(), [](float sum) { return sum < LIMIT * LIMIT; })) {
       look_at_queries();
-      queried = count(QUERIED);
       sum_queries(QUERIED);
     }
-    if (queried == 0) return;
     float* energy = channels(layout_.energy, 0);
-    const bool stale = fields_[QUERIES] < 0;
-    for (int64_t c = 0; c < size; ++c) energy[c] = (stale ? 0 : energy[c]) + sums[c];
-    fields_[QUERIES] = std::max<int64_t>(0, fields_[QUERIES]) + queried;
+    for (int64_t c = 0; c < size; ++c) energy[c] += sums[c];
   }
 
   void accumulate_tokens(int64_t head, float seen) const {
@@ -539,30 +544,33 @@ class RowWrite {
     return replaces(position) && is(memory_.owner[position - write_.origin - lowest_], SINK);
   }
 
-  // Fits if the row has no parameters and needs them, or if its tokens have doubled since the last fit.
+  // Fits if the row has no parameters and needs them, or if its tokens have grown enough since the last fit.
   void refit(bool first) {
     const int64_t total = fields_[TOTAL], fitted = fields_[FITTED];
-    if (!first && (fitted < 0 || total < std::max<int64_t>(1, 2 * fitted))) return;
-    const auto count = static_cast<float>(std::max<int64_t>(1, total - std::max<int64_t>(0, fitted)));
+    if (!first && (fitted < 0 || total < std::max(1.0, REFIT_GROWTH * static_cast<double>(fitted)))) return;
+    const auto count = static_cast<float>(std::max<int64_t>(1, fields_[COUNT]));
     const int64_t size = layout_.heads * layout_.head_dim;
     memory_.values.resize(size);
     float *average = channels(layout_.average, 0), *deviation = channels(layout_.deviation, 0);
     for (int64_t c = 0; c < size; ++c) memory_.values[c] = deviation[c] / count;
-    const float* weight = layout_.key ? channels(layout_.energy, 0) : nullptr;
-    if (!adopt(average, memory_.values.data(), weight)) {
+    const float* energy = layout_.key ? channels(layout_.energy, 0) : nullptr;
+    if (!adopt(average, memory_.values.data(), energy)) {
       if (first) fields_[FITTED] = 0;
       return;
     }
     fields_[FITTED] = total;
-    std::fill_n(average, size, 0.0f);
-    std::fill_n(deviation, size, 0.0f);
-    fields_[QUERIES] = -std::abs(fields_[QUERIES]);
+    // What follows may be of another kind: the past counts half as much with each fit.
+    fields_[COUNT] -= fields_[COUNT] / 2;
+    for (int64_t c = 0; c < size; ++c) deviation[c] *= 0.5f;
+    if (layout_.key) {
+      for (int64_t c = 0; c < size; ++c) channels(layout_.energy, 0)[c] *= 0.5f;
+    }
   }
 
-  // Fits into a free set and makes it the row's own; statistics are [heads][head_dim], the weight may be null. A set is
+  // Fits into a free set and makes it the row's own; statistics are [heads][head_dim], the energy may be null. A set is
   // free if no token names it, those about to be overwritten aside. Without one the row keeps the set it has: what it
   // writes is encoded less well, not wrongly.
-  bool adopt(const float* mean, const float* variance, const float* weight) {
+  bool adopt(const float* mean, const float* variance, const float* energy) {
     const int64_t set = free_set();
     if (set == layout_.sets) return false;
     const int64_t size = layout_.head_dim;
@@ -571,7 +579,13 @@ class RowWrite {
       const int64_t offset = set_offset(layout_, row_, set, head), c = head * size;
       uint16_t* means = layout_.key ? at<uint16_t>(write_.state, layout_.means) + offset : nullptr;
       uint16_t* scales = at<uint16_t>(write_.state, layout_.scales) + offset;
-      fit(layout_, mean + c, variance + c, weight == nullptr ? nullptr : weight + c, means, scales, memory);
+      uint16_t* weights = weights_of_head(layout_, write_.state, row_, head);
+      if (energy != nullptr) {
+        weights_of(energy + c, size, weights);
+      } else if (weights != nullptr) {
+        std::fill_n(weights, size, uint16_t{0x3f80});  // 1
+      }
+      fit(layout_, mean + c, variance + c, weights, means, scales, memory);
     }
     fields_[SET] = set;
     return true;

@@ -1,4 +1,4 @@
-"""Codec mathematics: codebooks, packing, rotation, fit, and the round trip's error."""
+"""Codec mathematics: codebooks, rotation, weights, fit, noise shaping, gains, and the round trip's error."""
 
 import itertools
 import math
@@ -22,26 +22,77 @@ def identity(head_dim):
     return Parameters(torch.zeros(head_dim, dtype=torch.bfloat16), torch.ones(head_dim, dtype=torch.bfloat16))
 
 
-def fitted(x, role, bits, weight=None):
-    return codec.fit(x.mean(0), x.var(0, correction=0), weight, role=role, bits=bits)
+def fitted(x, role, weight=None):
+    return codec.fit(x.mean(0), x.var(0, correction=0), weight, role=role)
 
 
 def round_trip(x, parameters, role, bits):
-    codes, gain = codec.encode(x, parameters, role=role, bits=bits)
+    codes, gain = codec.encode(x, parameters, None, role=role, bits=bits)
     entry = codec.lookup(codes, bits)
     return codec.decode(entry, gain, parameters)
 
 
-@pytest.mark.parametrize("bits", LLOYD_MAX)
-def test_codebook_is_lloyd_max(bits):
-    book = [entry / codec.steps(bits) for entry in codec.entries(bits)]
+def spread_over(decades, *shape, seed):
+    """Numbers from ``10 ** -decades`` to 1, uniform on a logarithmic scale."""
+    return 10 ** (-decades * torch.rand(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def weights_over(decades, head_dim, seed):
+    return codec.weights(spread_over(decades, head_dim, seed=seed))
+
+
+def leaf_of(head_dim):
+    """Number of neighbouring channels that are rounded at once."""
+    size, order = head_dim, head_dim & -head_dim
+    while order > 1 and size > 8:
+        size, order = size // 2, order // 2
+    return size
+
+
+class Metric:
+    """Tokens and what they are encoded as in the metric of `codec.cost`, in float64."""
+
+    def __init__(self, x, parameters, weight, codes, bits):
+        mean, scale = parameters.mean.float(), parameters.scale.float()
+        self.price = codec.cost(scale, weight).double()
+        self.token = ((x.clamp(-codec.LIMIT, codec.LIMIT) - mean) * scale).clamp(-(2.0**24), 2.0**24).double()
+        rotation = codec.rotate(torch.eye(x.shape[-1])).double()
+        self.entry = codec.lookup(codes, bits).double() @ rotation.T
+        self.power = self.product(self.token, self.token)
+        self.inner = self.product(self.token, self.entry)
+        self.norm = self.product(self.entry, self.entry)
+        self.cosine = self.inner / (self.power * self.norm).sqrt().clamp_min(1e-300)
+
+    def product(self, a, b):
+        return (a * b * self.price).sum(-1)
+
+    def error(self, gain):
+        """Norm of the error of tokens read with `gain`."""
+        error = self.token - gain.double()[..., None] * self.entry
+        return self.product(error, error).sqrt()
+
+
+def moments_of_a_normal(bits, radius):
+    """``E[u y]`` and ``E[u^2]`` of a standard normal ``y`` and the nearest entry ``u`` times `radius`."""
+    book = [entry / codec.steps(bits) * radius for entry in codec.entries(bits)]
     density = lambda x: math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
     mass = lambda x: 0.5 * math.erfc(-x / math.sqrt(2))
     edges = [-40.0, *((a + b) / 2 for a, b in itertools.pairwise(book)), 40.0]
-    error = 1.0
-    for u, a, b in zip(book, edges, edges[1:], strict=False):
-        error += u * u * (mass(b) - mass(a)) - 2 * u * (density(a) - density(b))
-    assert LLOYD_MAX[bits] * 0.999 < error < LLOYD_MAX[bits] * 1.01
+    parts = list(zip(book, edges, edges[1:], strict=False))
+    inner = sum(u * (density(a) - density(b)) for u, a, b in parts)
+    return inner, sum(u * u * (mass(b) - mass(a)) for u, a, b in parts)
+
+
+def cosine_of_a_normal(bits):
+    """Of the angle between a long normal token and its entries, rounded with the radius of the codec."""
+    inner, norm = moments_of_a_normal(bits, codec.spread(bits))
+    return inner / math.sqrt(norm)
+
+
+@pytest.mark.parametrize("bits", LLOYD_MAX)
+def test_codebook_is_lloyd_max(bits):
+    inner, norm = moments_of_a_normal(bits, 1)
+    assert LLOYD_MAX[bits] * 0.999 < 1 - 2 * inner + norm < LLOYD_MAX[bits] * 1.01
 
 
 @pytest.mark.parametrize("bits", codec.CODED_BITS)
@@ -80,48 +131,161 @@ def test_rotation_spreads_an_outlier(head_dim):
 @settings(deadline=None, max_examples=30)
 def test_encoding_does_not_depend_on_what_is_encoded_together(head_dim, tokens, bits, role):
     x = torch.randn(tokens, head_dim, generator=torch.manual_seed(tokens))
-    parameters = fitted(x, role, bits)
-    codes, gain = codec.encode(x, parameters, role=role, bits=bits)
+    weight = weights_over(3, head_dim, tokens)
+    x *= spread_over(2, head_dim, seed=tokens + 1)
+    parameters = fitted(x, role, weight if role == "key" else None)
+    codes, gain = codec.encode(x, parameters, weight, role=role, bits=bits)
     for i in range(0, tokens, 7):
-        one, its_gain = codec.encode(x[i : i + 1], parameters, role=role, bits=bits)
+        one, its_gain = codec.encode(x[i : i + 1], parameters, weight, role=role, bits=bits)
         assert torch.equal(one[0], codes[i])
         assert its_gain == gain[i]
 
 
-def test_fit_balances_channels():
+@given(HEAD_DIMS, st.floats(0, 6), st.integers(-60, 40), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_weights_average_one_at_any_scale(head_dim, decades, exponent, seed):
+    energy = spread_over(decades, 3, head_dim, seed=seed)
+    weight = codec.weights(energy)
+    assert weight.dtype == torch.bfloat16
+    assert (weight > 0).all()
+    torch.testing.assert_close(weight.float().mean(-1), torch.ones(3), rtol=2**-8, atol=0)
+    assert torch.equal(codec.weights(energy * 2.0**exponent), weight)
+    relative = energy / energy.mean(-1, keepdim=True)
+    expected = relative + codec._IDENTITY_SHARE * (1 - relative)
+    torch.testing.assert_close(weight.float(), expected, rtol=2**-8, atol=0)
+
+
+def test_no_queries_weigh_all_channels_alike():
+    energy = torch.zeros(2, 8)
+    energy[1, 3] = 1e-42
+    assert torch.equal(codec.weights(energy)[0], torch.ones(8, dtype=torch.bfloat16))
+    assert (codec.weights(energy)[1] > 0).all()
+    x = torch.randn(64, 8, generator=torch.manual_seed(0))
+    assert torch.equal(fitted(x, "key").scale, fitted(x, "key", codec.weights(energy[0])).scale)
+
+
+def test_fit_of_keys_whitens_half_way():
     deviation = torch.tensor([0.1, 1.0, 10.0, 100.0])
     x = torch.randn(4096, 4, generator=torch.manual_seed(0)) * deviation + torch.tensor([3.0, 0.0, -5.0, 7.0])
-    mean, scale = fitted(x, "key", 4)
+    mean, scale = fitted(x, "key")
     torch.testing.assert_close(mean.float(), x.mean(0), rtol=2**-8, atol=0.02)
-    torch.testing.assert_close((scale / scale[1]).float(), deviation**-0.5, rtol=0.04, atol=0)
-    _, scale = fitted(x, "key", 4, weight=torch.tensor([1.0, 1.0, 1.0, 1e6]))
-    expected = (0.8 * 4e6 / (1e6 + 3) + 0.2) ** 0.25 / 0.2**0.25
-    assert float(scale[3] / scale[1]) == pytest.approx(0.1 * expected, rel=0.04)
+    torch.testing.assert_close((scale / scale[1]).float(), deviation**-0.75, rtol=0.04, atol=0)
+    weight = torch.tensor([0.2, 0.2, 0.2, 3.4]).bfloat16()
+    _, scale = fitted(x, "key", weight)
+    assert float(scale[3] / scale[1]) == pytest.approx(100**-0.75 * 17**0.125, rel=0.04)
 
 
-def test_fit_of_values_keeps_the_mean_and_balances_only_two_bits():
+def test_fit_of_values_whitens_and_keeps_the_mean():
     x = torch.randn(512, 8, generator=torch.manual_seed(0)) * torch.arange(1, 9) + 3
-    mean, scale = fitted(x, "value", 4)
+    mean, scale = fitted(x, "value")
     assert mean.count_nonzero() == 0
-    assert (scale == scale[0]).all()
     second = x.square().mean(0)
-    _, scale = fitted(x, "value", 2)
-    torch.testing.assert_close((scale / scale[0]).float(), (second[0] / second) ** 0.25, rtol=0.02, atol=0)
+    torch.testing.assert_close((scale / scale[0]).float(), (second[0] / second).sqrt(), rtol=0.02, atol=0)
 
 
-@given(HEAD_DIMS, BITS, ROLES, st.floats(-30, 30), st.integers(2, 100), st.integers(0, 2**31))
+@given(HEAD_DIMS, ROLES, st.floats(-30, 30), st.integers(2, 100), st.floats(0, 2), st.integers(0, 2**31))
 @settings(deadline=None)
-def test_fitted_tokens_have_unit_mean_square(head_dim, bits, role, exponent, tokens, seed):
+def test_fitted_tokens_have_unit_mean_square(head_dim, role, exponent, tokens, decades, seed):
     # A mean of at most a few deviations: otherwise room is left for later tokens
-    x = (torch.randn(tokens, head_dim, generator=torch.manual_seed(seed)) + 1) * 2.0**exponent
-    mean, scale = fitted(x, role, bits)
+    x = torch.randn(tokens, head_dim, generator=torch.manual_seed(seed)) + 1
+    x *= spread_over(decades, head_dim, seed=seed) * 2.0**exponent
+    weight = weights_over(4, head_dim, seed) if role == "key" else None
+    mean, scale = fitted(x, role, weight)
     y = (x - mean.float()) * scale.float()
     assert float(y.square().mean()) == pytest.approx(1, rel=0.02)
 
 
-def test_zero_weights_count_as_none():
-    x = torch.randn(64, 8, generator=torch.manual_seed(0))
-    assert torch.equal(fitted(x, "key", 4).scale, fitted(x, "key", 4, weight=torch.zeros(8)).scale)
+@given(HEAD_DIMS, ROLES, st.integers(-40, 40), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_fit_follows_the_scale(head_dim, role, exponent, seed):
+    generator = torch.manual_seed(seed)
+    mean, variance = torch.randn(head_dim, generator=generator), spread_over(5, head_dim, seed=seed)
+    weight = weights_over(4, head_dim, seed) if role == "key" else None
+    once = codec.fit(mean, variance, weight, role=role)
+    scaled = codec.fit(mean * 2.0**exponent, variance * 4.0**exponent, weight, role=role)
+    assert torch.equal(scaled.mean, once.mean * 2.0**exponent)
+    torch.testing.assert_close(scaled.scale.float() * 2.0**exponent, once.scale.float(), rtol=2**-7, atol=0)
+
+
+def test_cost_is_that_of_errors_before_the_balance():
+    scale, weight = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 2.0, 0.5]).bfloat16()
+    assert torch.equal(codec.cost(scale, None), torch.tensor([1, 1 / 4, 1 / 16]))
+    assert torch.equal(codec.cost(8 * scale, weight), torch.tensor([1 / 2, 1 / 2, 1 / 32]))
+
+
+def nearest(z, bits):
+    """Codes of the entries nearest to float64 numbers in units of the radius."""
+    book = torch.tensor(codec.entries(bits)).double() / codec.steps(bits)
+    if bits == 8:
+        book[0] = -1e9  # the grid is symmetric
+    return torch.searchsorted((book[1:] + book[:-1]) / 2, z).to(torch.uint8)
+
+
+def radius_of(y, bits, spread):
+    if bits == 8:
+        return y.abs().amax(-1, keepdim=True) * (32 / 127)
+    return y.square().mean(-1, keepdim=True).sqrt() * spread
+
+
+@given(HEAD_DIMS, BITS, ROLES, st.floats(0.01, 100), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_a_flat_price_gives_the_nearest_entries(head_dim, bits, role, scale, seed):
+    x = torch.randn(6, head_dim, generator=torch.manual_seed(seed))
+    parameters = Parameters(identity(head_dim).mean, identity(head_dim).scale * scale)
+    weight = 3 * identity(head_dim).scale
+    codes, _ = codec.encode(x, parameters, weight, role=role, bits=bits)
+    y = codec.rotate(x * parameters.scale.float())
+    radius = radius_of(y, bits, codec.spread(bits))
+    off, least = ((codec.lookup(c, bits) * radius - y).abs() for c in (codes, nearest(y.double() / radius, bits)))
+    assert (off <= least + 1e-5 * radius).all()  # equal but for ties
+
+
+@pytest.mark.parametrize("bits", codec.CODED_BITS)
+@pytest.mark.parametrize("head_dim", [1, 7, 8, 12, 16, 18, 24, 40, 64, 80, 96, 128, 160])
+def test_shaping_is_error_feedback_over_the_factors_of_the_metric(bits, head_dim):
+    """Against a dense block elimination of ``M = R^T diag(price) R`` in float64, leaf by leaf.
+
+    Given the errors made so far, the errors that cost least in the channels to come are ``-M_cc^-1 M_cb e_b``: their
+    targets move by as much.
+    """
+    y = torch.randn(128, head_dim, generator=torch.manual_seed(head_dim))
+    price = spread_over(4, head_dim, seed=head_dim)
+    radius = radius_of(y, bits, 1)
+    rotation = codec.rotate(torch.eye(head_dim)).double()
+    metric = rotation.T @ torch.diag(price.double()) @ rotation
+    targets, leaf = y.double(), leaf_of(head_dim)
+    expected = []
+    for begin in range(0, head_dim, leaf):
+        here, later = slice(begin, begin + leaf), slice(begin + leaf, head_dim)
+        chosen = nearest(targets[:, here] / radius, bits)
+        error = targets[:, here] - (codec.lookup(chosen, bits) * radius).double()
+        moved = torch.linalg.solve(metric[later, later], metric[later, here] @ error.T).T
+        targets = torch.cat((targets[:, : begin + leaf], targets[:, later] + moved), 1)
+        expected.append(chosen)
+    order = head_dim & -head_dim
+    shape = (order, head_dim // order)
+    codes = codec._shape(y.unflatten(1, shape), price.unflatten(0, shape), radius[..., None], bits).flatten(1)
+    differ = (codes != torch.cat(expected, 1)).any(1)  # a coordinate on a threshold, and what follows from it
+    assert int(differ.sum()) <= 1
+
+
+@given(
+    st.sampled_from((48, 64, 80, 96, 128, 192, 256)), BITS, ROLES, st.floats(2, 6), st.booleans(), st.integers(0, 2**31)
+)
+@settings(deadline=None, max_examples=60)
+def test_shaping_beats_rounding_in_the_metric(head_dim, bits, role, decades, weigh, seed):
+    """Measured: 0.5 to 0.7 of the squared error at two decades of prices, 0.2 to 0.4 at six."""
+    x = torch.randn(256, head_dim, generator=torch.manual_seed(seed))
+    scale = spread_over(decades / 2, head_dim, seed=seed).bfloat16()
+    parameters = Parameters(identity(head_dim).mean, scale)
+    x /= scale.float()
+    weight = weights_over(2, head_dim, seed + 1) if weigh else None
+    codes, gain = codec.encode(x, parameters, weight, role=role, bits=bits)
+    shaped = Metric(x, parameters, weight, codes, bits)
+    y = codec.rotate(x * scale.float())
+    plain = Metric(x, parameters, weight, nearest(y.double() / radius_of(y, bits, 1), bits), bits)
+    best = plain.inner / plain.norm
+    assert (shaped.error(gain) ** 2).mean() < 0.85 * (plain.error(best) ** 2).mean()
 
 
 @st.composite
@@ -148,65 +312,83 @@ def one_hot(size, index):
     return torch.eye(size)[index]
 
 
-@given(tokens(), BITS, ROLES, st.booleans())
-@settings(deadline=None, max_examples=400)
-def test_round_trip_is_within_the_bound_for_any_token(x, bits, role, fit_to_it):
-    head_dim = x.shape[-1]
-    # With parameters of its own, or those of a sequence with the same scale
-    parameters = fitted(x if fit_to_it else x.abs().mean() * torch.randn(64, head_dim), role, bits)
-    codes, gain = codec.encode(x, parameters, role=role, bits=bits)
-    entry = codec.lookup(codes, bits)
-    y = codec.rotate((x - parameters.mean.float()) * parameters.scale.float())
-    norm = y.norm(dim=-1)
-    peak = y.abs().amax(-1) / (norm / head_dim**0.5).clamp_min(1e-30)
-    peak = peak.clamp(1, head_dim**0.5)
-    error = (entry * gain.float()[:, None] - y).norm(dim=-1)
-    rounding = entry.norm(dim=-1) * (gain.float() * 2**-11 + 2**-25)
-    bound = norm * codec.error_bound(peak, head_dim=head_dim, role=role, bits=bits)
-    assert (error <= bound * 1.001 + norm * 1e-4 + rounding).all()
+@st.composite
+def encoders(draw, head_dim, x):
+    """Parameters and weights: fitted to `x`, to a sequence of its scale, or adversarial over six decades of prices."""
+    seed = draw(st.integers(0, 2**31))
+    weight = weights_over(draw(st.sampled_from((0, 3, 8))), head_dim, seed) if draw(st.booleans()) else None
+    role = draw(ROLES)
+    used = weight if role == "key" else None
+    kind = draw(st.sampled_from(("own", "other", "adversarial")))
+    if kind == "own":
+        return role, used, fitted(x, role, used)
+    other = x.abs().mean() * torch.randn(64, head_dim, generator=torch.manual_seed(seed))
+    if kind == "other":
+        return role, used, fitted(other, role, used)
+    typical = float(x.abs().amax().clamp_min(1e-30))
+    mean = other.mean(0) if role == "key" else torch.zeros(head_dim)
+    return role, used, Parameters(mean.bfloat16(), (spread_over(3, head_dim, seed=seed) / typical).bfloat16())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
-def test_bound_is_that_of_the_codebook_for_tokens_inside_it(bits):
-    """Not vacuous: near the widest gap an error of that size occurs."""
-    book = [entry / codec.steps(bits) for entry in codec.entries(bits)]
-    gap = max(b - a for a, b in itertools.pairwise(book))
-    sine = gap / 2
-    bound = codec.error_bound(torch.tensor(1.2), head_dim=64, role="key", bits=bits)
-    assert float(bound) == pytest.approx(sine / math.sqrt(1 - sine**2), rel=1e-5)
+@given(st.data(), tokens(), BITS)
+@settings(deadline=None, max_examples=500)
+def test_no_token_is_wrong_by_more_than_its_size(data, x, bits):
+    """In the metric of the codec, up to the float16 of the gain: whatever the token, the fit and the weights."""
+    role, weight, parameters = data.draw(encoders(x.shape[-1], x))
+    codes, gain = codec.encode(x, parameters, weight, role=role, bits=bits)
+    assert gain.dtype == torch.float16
+    assert ((gain >= 0) & gain.isfinite()).all()
+    metric = Metric(x, parameters, weight, codes, bits)
+    size, rounding = metric.power.sqrt(), metric.norm.sqrt() * (gain.double() * 2**-11 + 2**-25)
+    assert (metric.error(gain) <= 1.001 * size + rounding).all()
+
+
+@given(st.data(), tokens(), BITS)
+@settings(deadline=None, max_examples=300)
+def test_gains(data, x, bits):
+    """Keys keep their inner product, values their norm; entries far off 45 degrees get the gain of least error."""
+    role, weight, parameters = data.draw(encoders(x.shape[-1], x))
+    codes, gain = codec.encode(x, parameters, weight, role=role, bits=bits)
+    metric = Metric(x, parameters, weight, codes, bits)
+    least = metric.inner / metric.norm.clamp_min(1e-300)
+    within = metric.power / metric.inner if role == "key" else (metric.power / metric.norm).sqrt()
+    ordinary = (least > 2**-14) & (within < codec.GAIN_MAX)  # of float16's normal numbers
+    near, far = metric.cosine > 0.5**0.5 + 1e-4, metric.cosine < 0.5**0.5 - 1e-4
+    expected = torch.where(near, within, least)[ordinary & (near | far)]
+    torch.testing.assert_close(gain.double()[ordinary & (near | far)], expected, rtol=2e-3, atol=0)
+    assert not gain[metric.cosine < -1e-4].any()
+
+
+def test_entries_beyond_45_degrees_happen():
+    """Else the tests above would not reach that branch."""
+    scale = spread_over(3, 16, seed=0).bfloat16()
+    parameters = Parameters(identity(16).mean, scale)
+    x = torch.randn(1000, 16, generator=torch.manual_seed(0)) / scale.float()
+    codes, _ = codec.encode(x, parameters, None, role="key", bits=2)
+    cosine = Metric(x, parameters, None, codes, 2).cosine
+    assert 5 < int((cosine < 0.5**0.5).sum()) < 200
 
 
 @pytest.mark.parametrize("role", ["key", "value"])
 @pytest.mark.parametrize("bits", codec.CODED_BITS)
 def test_error_on_a_normal_is_the_theoretical_one(bits, role):
     x = torch.randn(4096, 128, generator=torch.manual_seed(0))
-    parameters = fitted(x, role, bits)
+    parameters = fitted(x, role)
     error = float((round_trip(x, parameters, role, bits) - x).square().mean())
-    distortion = LLOYD_MAX.get(bits, 5e-5)
+    cosine = cosine_of_a_normal(bits) if bits < 8 else math.sqrt(1 - 5e-5)
     # The unbiased gain makes the error orthogonal to the token: tan^2 instead of sin^2 of the angle
-    expected = distortion / (1 - distortion) if role == "key" else 2 - 2 * math.sqrt(1 - distortion)
+    expected = cosine**-2 - 1 if role == "key" else 2 - 2 * cosine
     assert error == pytest.approx(expected, rel=0.05 if bits < 8 else 0.2)
-
-
-@given(st.integers(2, 64), BITS, st.integers(0, 2**31))
-@settings(deadline=None)
-def test_gains(head_dim, bits, seed):
-    x = torch.randn(5, head_dim, generator=torch.manual_seed(seed))
-    y = codec.rotate(x)
-    for role in ("key", "value"):
-        codes, gain = codec.encode(x, identity(head_dim), role=role, bits=bits)
-        yhat = codec.lookup(codes, bits) * gain.float()[:, None]
-        got = (y * yhat).sum(-1) if role == "key" else yhat.square().sum(-1)
-        torch.testing.assert_close(got, y.square().sum(-1), rtol=2e-3, atol=1e-6)
 
 
 @given(tokens(), BITS)
 @settings(deadline=None)
 def test_folding_into_query_and_output(x, bits):
     head_dim = x.shape[-1]
-    parameters = fitted(x, "key", bits)
+    weight = weights_over(3, head_dim, head_dim)
+    parameters = fitted(x, "key", weight)
     mean, scale = (part.float() for part in parameters)
-    codes, gain = codec.encode(x, parameters, role="key", bits=bits)
+    codes, gain = codec.encode(x, parameters, weight, role="key", bits=bits)
     entry = codec.lookup(codes, bits)
     dense = codec.decode(entry, gain, parameters).double()
     query = torch.randn(3, head_dim, generator=torch.manual_seed(0)).double()
@@ -228,17 +410,13 @@ def test_folding_into_query_and_output(x, bits):
 @settings(deadline=None)
 def test_extreme_tokens_stay_finite(numbers, bits, role, fitted_scale):
     x = torch.tensor(numbers)[None]
-    parameters = fitted(torch.randn(8, len(numbers)) * fitted_scale, role, bits)
-    codes, gain = codec.encode(x, parameters, role=role, bits=bits)
+    weight = weights_over(6, len(numbers), len(numbers)) if role == "key" else None
+    parameters = fitted(torch.randn(8, len(numbers)) * fitted_scale, role, weight)
+    codes, gain = codec.encode(x, parameters, weight, role=role, bits=bits)
     assert gain.isfinite().all()
     assert (gain >= 0).all()
     decoded = codec.decode(codec.lookup(codes, bits), gain, parameters)
     assert decoded.isfinite().all()
-
-
-def test_error_bound_refuses_what_it_does_not_cover():
-    with pytest.raises(ValueError, match="head_dim below"):
-        codec.error_bound(torch.tensor(1.0), head_dim=2**16, role="key", bits=8)
 
 
 def test_constants_made_while_tracing_are_not_kept():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoquant_compile.kernels import codec, reference, tiles
-from decoquant_compile.kernels.format import END, FITTED, NO_EPOCH, ORIGIN, QUERIES, SET, START, TOTAL, UNSET, Format
+from decoquant_compile.kernels.format import COUNT, END, FITTED, NO_EPOCH, ORIGIN, SET, START, TOTAL, UNSET, Format
 from decoquant_compile.kernels.state import CacheState
 
 COARSE = [8, 5, 4, 3, 2]

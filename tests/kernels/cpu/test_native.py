@@ -161,7 +161,7 @@ def test_wrong_reads_have_the_errors_of_the_oracle(native, state, shape, form):
 
 
 @pytest.mark.parametrize(
-    "key", ["v1:key:4:16:float32:4:64", "", "key", "v2:key:4:16:float64:4:64", "v2:key:7:16:float32:4:64"]
+    "key", ["v1:key:4:16:float32:4:64", "", "key", "v3:key:4:16:float64:4:64", "v2:key:7:16:float32:4:64"]
 )
 def test_states_of_another_format_are_refused(native, key):
     calls = [

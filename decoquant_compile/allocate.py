@@ -1,0 +1,79 @@
+"""Widths of the caches of a model under a budget: an average number of bits per element.
+
+What a cache of width b costs in quality is taken to be its sensitivity times the distortion D(b) of the codebook
+(mean squared error of a standard normal), whatever its layer; what it costs in memory is its elements times b. So the
+budget goes first where it buys most: to keys before values, and to short caches (sliding windows) before long ones, whose
+bits are many. Layers that are alike share what is left over, the first ones first.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from decoquant_compile.kernels.codec import CODED_BITS, Role
+
+_WIDTHS: Final = tuple(sorted(CODED_BITS))
+
+_DISTORTION: Final = {2: 0.1175, 3: 0.03454, 4: 0.009501, 5: 0.002499, 8: 1.2e-4}
+"""Of the Lloyd-Max codebooks; at 8 bits of the uniform grid up to the largest of 64 to 256 channels."""
+
+_SENSITIVITY: Final = {"key": 2.0, "value": 1.0}
+"""Errors of keys hurt more: they are amplified by the softmax. Measured on Gemma-3-270M (issue 5)."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """One cache tensor that takes part in a budget.
+
+    Attributes:
+        role: keys or values.
+        elements: of the dense tensor.
+    """
+
+    role: Role
+    elements: int
+
+
+def allocate(holdings: Sequence[Holding], bits: float) -> list[int]:
+    """Bits of each cache tensor: their average, weighted by elements, is at most `bits`.
+
+    Args:
+        holdings: the cache tensors of a model, in its order.
+        bits: average per element, at least 2.
+
+    Raises:
+        ValueError: `bits` is below the narrowest width.
+    """
+    if bits < _WIDTHS[0]:
+        raise ValueError(f"bits={bits!r}: no cache can be narrower than {_WIDTHS[0]} bits")
+    widths = [_WIDTHS[0]] * len(holdings)
+    left = (bits - _WIDTHS[0]) * sum(h.elements for h in holdings)
+    queue: list[tuple[float, int]] = []
+
+    def offer(at: int) -> None:
+        holding, now = holdings[at], widths[at]
+        wider = _next(now)
+        if wider is not None:
+            gain = _SENSITIVITY[holding.role] * (_DISTORTION[now] - _DISTORTION[wider])
+            heapq.heappush(queue, (-gain / (holding.elements * (wider - now)), at))
+
+    for at in range(len(holdings)):
+        offer(at)
+    while queue:
+        _, at = heapq.heappop(queue)
+        wider = _next(widths[at])
+        assert wider is not None
+        price = holdings[at].elements * (wider - widths[at])
+        if price > left + math.ulp(left):
+            continue  # too wide a step for what is left; a smaller cache may still take one
+        left -= price
+        widths[at] = wider
+        offer(at)
+    return widths
+
+
+def _next(width: int) -> int | None:
+    at = _WIDTHS.index(width) + 1
+    return _WIDTHS[at] if at < len(_WIDTHS) else None
