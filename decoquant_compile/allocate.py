@@ -2,8 +2,8 @@
 
 What a cache of width b costs in quality is taken to be its sensitivity times the distortion D(b) of the codebook
 (mean squared error of a standard normal), whatever its layer; what it costs in memory is its elements times b. So the
-budget goes first where it buys most: to keys before values, and to short caches (sliding windows) before long ones, whose
-bits are many. Layers that are alike share what is left over, the first ones first.
+budget goes first where it buys most: to keys before values, and to short caches (sliding windows) before long ones,
+whose bits are many. Layers that are alike share what is left over, the first ones first.
 """
 
 import heapq

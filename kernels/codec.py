@@ -6,10 +6,10 @@ small one is ``R^T diag(1/s)``, a rotation and a diagonal balance, next to a mea
 
     y = ((x - mu) * s) @ R,    x ~ (gain * u @ R^T) / s + mu,    u = codebook entries near y / radius(y)
 
-Which entries: not the nearest, one channel at a time, but those whose error is small where it matters. With weights ``w``
-on the channels of ``x`` the error ``e`` of ``y`` costs ``e M e^T``, ``M = R^T diag(w / s^2) R``: errors of later channels
-can undo those of earlier ones (noise shaping). This is what lets the balance ``s`` whiten the tokens, so that the
-rotation spreads them evenly over the codebook, and still leave small errors in the channels that matter (issue 5).
+Which entries: not the nearest, one channel at a time, but those whose error is small where it matters. With weights
+``w`` on the channels of ``x`` the error ``e`` of ``y`` costs ``e M e^T``, ``M = R^T diag(w / s^2) R``: errors of later
+channels can undo those of earlier ones (noise shaping). This is what lets the balance ``s`` whiten the tokens, so that
+the rotation spreads them evenly over the codebook, and still leave small errors where they matter (issue 5).
 
 The small tensor is frozen once fitted, so that a new token costs one transform and no decomposition, and it folds into
 the query and the output of attention: ``q . x = gain * (((q / s) @ R) . u) + q . mu``.
@@ -209,10 +209,10 @@ def weights(energy: Tensor) -> Tensor:
 def fit(mean: Tensor, variance: Tensor, weight: Tensor | None, *, role: Role) -> Parameters:
     """Fits mean and balance from channel statistics.
 
-    With ``c`` the channel variance and ``w`` the weights, keys take ``s_j = w_j ** (1/8) * c_j ** (-3/8)``. Were entries
-    simply the nearest ones, ``(w_j / c_j) ** (1/4)`` would be the best diagonal; were the shaping of their error ideal,
-    ``c_j ** (-1/2)``: keys are best served half way, values by the latter (measured; issue 5). Values are not centred.
-    In all cases ``s`` is scaled so that the fitted tokens have unit mean square after it.
+    With ``c`` the channel variance and ``w`` the weights, keys take ``s_j = w_j ** (1/8) * c_j ** (-3/8)``. Were
+    entries simply the nearest ones, ``(w_j / c_j) ** (1/4)`` would be the best diagonal; were the shaping of their
+    error ideal, ``c_j ** (-1/2)``: keys are best served half way, values by the latter (measured; issue 5). Values are
+    not centred. In all cases ``s`` is scaled so that the fitted tokens have unit mean square after it.
 
     Args:
         mean: float32 ``[..., head_dim]``, per channel.
@@ -319,12 +319,9 @@ def encode(x: Tensor, parameters: Parameters, weight: Tensor | None, *, role: Ro
     tiny = torch.finfo(torch.float32).tiny
     balanced = ((x.clamp(-LIMIT, LIMIT) - mean) * scale).clamp(-_COORDINATE_LIMIT, _COORDINATE_LIMIT)
     y = rotate(balanced)
-    if bits == 8:
-        # A grid up to the largest magnitude: half the error of a fixed clip, and an outlier is never cut off.
-        radius = y.abs().amax(-1) * (steps(8) / 127)
-    else:
-        radius = (y.square().sum(-1) / head_dim).sqrt() * spread(bits)
-    radius = radius.clamp_min(tiny)[..., None]
+    # At 8 bits a grid up to the largest magnitude: half the error of a fixed clip, and an outlier is never cut off.
+    size = y.abs().amax(-1) * (steps(8) / 127) if bits == 8 else (y.square().sum(-1) / head_dim).sqrt()
+    radius = (size * spread(bits)).clamp_min(tiny)[..., None]
     price = cost(scale, weight)
     codes = _shape(y.unflatten(-1, (order, -1)), price.unflatten(-1, (order, -1)), radius[..., None], bits).flatten(-2)
     entry = unrotate(lookup(codes, bits))
@@ -336,7 +333,9 @@ def encode(x: Tensor, parameters: Parameters, weight: Tensor | None, *, role: Ro
     if role == "key":
         gain = torch.where(inner * inner >= _LEAST_COSINE**2 * power * norm, power / inner.clamp_min(tiny), least)
     else:
-        gain = torch.where(inner * inner >= _LEAST_COSINE**2 * power * norm, (power / norm.clamp_min(tiny)).sqrt(), least)
+        gain = torch.where(
+            inner * inner >= _LEAST_COSINE**2 * power * norm, (power / norm.clamp_min(tiny)).sqrt(), least
+        )
     return codes, torch.where(inner > 0, gain, 0.0).clamp_max(GAIN_MAX).half()
 
 

@@ -8,7 +8,9 @@ from decoquant_compile.allocate import Holding, allocate
 from decoquant_compile.kernels.codec import CODED_BITS
 
 HOLDINGS = st.lists(
-    st.builds(Holding, st.sampled_from(["key", "value"]), st.sampled_from([1, 512, 8192, 10**9])), min_size=1, max_size=40
+    st.builds(Holding, st.sampled_from(["key", "value"]), st.sampled_from([1, 512, 8192, 10**9])),
+    min_size=1,
+    max_size=40,
 )
 
 
@@ -23,9 +25,7 @@ def test_the_average_is_never_above_the_budget(holdings, bits):
 @given(HOLDINGS, st.floats(2, 8))
 def test_no_cache_could_still_be_widened(holdings, bits):
     widths = allocate(holdings, bits)
-    left = bits * sum(h.elements for h in holdings) - sum(
-        w * h.elements for w, h in zip(widths, holdings, strict=True)
-    )
+    left = bits * sum(h.elements for h in holdings) - sum(w * h.elements for w, h in zip(widths, holdings, strict=True))
     for width, holding in zip(widths, holdings, strict=True):
         wider = min((w for w in CODED_BITS if w > width), default=None)
         assert wider is None or holding.elements * (wider - width) > left * (1 - 1e-9)
@@ -46,5 +46,5 @@ def test_equal_layers_share_what_is_left_over():
 
 
 def test_a_budget_that_nothing_meets_is_named():
-    with pytest.raises(ValueError, match="bits=1.5: no cache can be narrower than 2 bits"):
+    with pytest.raises(ValueError, match=r"bits=1\.5: no cache can be narrower than 2 bits"):
         allocate([Holding("key", 1)], 1.5)

@@ -287,6 +287,9 @@ def _texts(paths: Sequence[pathlib.Path], console: Console) -> list[text.Text]:
 @click.option(
     "--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a window attended exactly."
 )
+@click.option(
+    "--start", type=click.IntRange(min=0), default=0, help="Compare from this position on, if it is after the prompt."
+)
 @click.option("--context", type=click.IntRange(min=8), default=2048, show_default=True, help="Tokens of a window.")
 @click.option("--windows", "count", type=click.IntRange(min=1), default=8, show_default=True, help="Of each text.")
 @click.option("--every", type=click.IntRange(min=1), default=3, show_default=True, help="Compare every n-th position.")
@@ -325,6 +328,7 @@ def main(
     options: dict[str, Any],
     methods: list[rivals.Rival],
     prompt: int,
+    start: int,
     context: int,
     count: int,
     every: int,
@@ -339,6 +343,8 @@ def main(
     console = Console()
     if not console.is_terminal:  # a file has no width
         console.width = max(console.width, 140)
+    if start > context - 2:
+        raise click.UsageError(f"--start {start} leaves nothing to compare in a context of {context} tokens")
     if prompt > context - 2:
         raise click.UsageError(f"--prompt {prompt} leaves nothing to decode in a context of {context} tokens")
     if not widths and not methods:
@@ -346,7 +352,7 @@ def main(
     if 0 < bits_at < 2:
         raise click.UsageError("--bits-at 1: expected at least 2 tokens, or 0")
     prefills: tuple[Prefill, ...] = ("compiled", "eager") if prefill == "both" else (prefill,)  # type: ignore[assignment]
-    plan = _Plan(Setting(prompt, context, every), widths, options, methods, prefills, control, layers, bits_at)
+    plan = _Plan(Setting(prompt, context, every, start), widths, options, methods, prefills, control, layers, bits_at)
     for _, ours in plan.settings:
         _check(ours, prefills[0], emulated=control or layers)
     settings = asdict(plan.setting) | {

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from decoquant_compile.allocate import Holding
 from decoquant_compile.kernels import codec
 from decoquant_compile.kernels.format import REFIT_GROWTH
 from decoquant_compile.options import Options
@@ -60,14 +59,35 @@ class _Fitted(NamedTuple):
     weight: Tensor | None
 
 
-# Two functions, so that the codec's calls stand in one place
-def _fit(x: Tensor, energy: Tensor | None, role: codec.Role) -> _Fitted:
-    """Fits to tokens ``[batch, heads, tokens, head_dim]``, with the mean squares of queries if any were seen."""
-    weight = None if energy is None else codec.weights(energy)
-    parameters = codec.fit(x.mean(2), x.var(2, correction=0), weight, role=role)
-    return _Fitted(
-        codec.Parameters(*(p[:, :, None] for p in parameters)), None if weight is None else weight[:, :, None]
-    )
+class _Statistics:
+    """Of the tokens so far; each fit halves the weight of those before it, as `store` does."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.count, self.mean, self.deviation = 0, torch.zeros_like(x[:, :, 0]), torch.zeros_like(x[:, :, 0])
+        self.energy: Tensor | None = None
+
+    def add(self, x: Tensor, grouped: Tensor | None) -> None:
+        """Tokens ``[batch, heads, tokens, head_dim]``, with their queries if those were seen."""
+        added, mean = x.shape[2], x.mean(2)
+        shift, total = mean - self.mean, self.count + added
+        self.deviation += (x - mean[:, :, None]).square().sum(2) + shift**2 * (self.count * added / total)
+        self.mean += shift * (added / total)
+        self.count = total
+        if grouped is not None:
+            energy = grouped.square().sum((2, 3))
+            self.energy = energy if self.energy is None else self.energy + energy
+
+    def fit(self, role: codec.Role) -> _Fitted:
+        """Parameters for the tokens that follow."""
+        weight = None if self.energy is None else codec.weights(self.energy)
+        parameters = codec.fit(self.mean, self.deviation / self.count, weight, role=role)
+        self.count -= self.count // 2
+        self.deviation *= 0.5
+        if self.energy is not None:
+            self.energy *= 0.5
+        return _Fitted(
+            codec.Parameters(*(p[:, :, None] for p in parameters)), None if weight is None else weight[:, :, None]
+        )
 
 
 def _store(x: Tensor, fitted: _Fitted, role: codec.Role, bits: int) -> Tensor:
@@ -104,11 +124,11 @@ class Ours:
         length = x.shape[2]
         if bits == 16:
             return x
-        out, begin, end, energy = x.clone(), self.sinks, max(prompt, self.sinks + 1), None
+        out, begin, end, statistics = x.clone(), self.sinks, max(prompt, self.sinks + 1), _Statistics(x)
         while begin < length:
-            if grouped is not None and (self.queries or begin >= prompt):
-                energy = grouped[:, :, :, begin:end].square().mean((2, 3))
-            fitted = _fit(x[:, :, begin:end], energy, role)
+            seen = grouped is not None and (self.queries or begin >= prompt)
+            statistics.add(x[:, :, begin:end], grouped[:, :, :, begin:end] if seen and grouped is not None else None)
+            fitted = statistics.fit(role)
             # The prompt is encoded by the fit on itself, later tokens by the fit on those before them
             first = self.sinks if begin == self.sinks else end
             last = min(length, self.sinks + math.ceil(REFIT_GROWTH * (end - self.sinks)))

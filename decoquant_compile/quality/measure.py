@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 import decoquant_compile
+from decoquant_compile import _compat
 from decoquant_compile.kernels.codec import Role
 from decoquant_compile.quality.divergence import Divergence, compare
 from decoquant_compile.quality.emulate import Emulation, Scheme, emulated
@@ -35,16 +36,18 @@ class Setting:
         prompt: tokens at the start of a window, whose queries attend exactly.
         context: tokens of a window.
         every: the distribution after every n-th token of the rest is compared.
+        start: from this position on, if it comes after the prompt; what is before is decoded all the same.
     """
 
     prompt: int
     context: int
     every: int = 1
+    start: int = 0
 
     @property
     def positions(self) -> Tensor:
         """Positions whose next-token distribution is compared; the token that follows stands in the window."""
-        return torch.arange(self.prompt, self.context - 1, self.every)
+        return torch.arange(max(self.prompt, self.start), self.context - 1, self.every)
 
     @property
     def steps(self) -> int:
@@ -74,7 +77,7 @@ def decoded(
 ) -> Tensor:
     """The same, decoded token by token through the compiled model on its packed cache.
 
-    All windows are rows of one batch.
+    All windows are rows of one batch. What is not ours in the graph runs on ATen's kernels, which compiles faster.
 
     Args:
         subject: the model.
@@ -93,7 +96,7 @@ def decoded(
     cache = subject.static_cache(len(ids), setting.context)
     compared = set(setting.positions.tolist())
     rows = []
-    with decoquant_compile.enable(**options) as session:
+    with _compat.quick_compile(), decoquant_compile.enable(**options) as session:
         forward = torch.compile(subject.body.forward)
         first = forward if prefill == "compiled" else subject.body.forward
         first(input_ids=ids[:, : setting.prompt], past_key_values=cache, use_cache=True)
@@ -246,7 +249,7 @@ def stored_bits(subject: Subject, options: Mapping[str, Any], tokens: int, sampl
     if model.dtype != torch.bfloat16:
         subject = Subject(copy.deepcopy(model).to(torch.bfloat16))
     cache = _filled(subject, tokens, sample[None, :_SAMPLE])
-    with decoquant_compile.enable(**options) as session:
+    with _compat.quick_compile(), decoquant_compile.enable(**options) as session:
         forward = torch.compile(subject.body.forward)
         forward(input_ids=sample[None, :1], past_key_values=cache, use_cache=True)
         _require_packed(subject, cache, session.report())

@@ -331,7 +331,7 @@ def encoders(draw, head_dim, x):
 
 
 @given(st.data(), tokens(), BITS)
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=300)
 def test_no_token_is_wrong_by_more_than_its_size(data, x, bits):
     """In the metric of the codec, up to the float16 of the gain: whatever the token, the fit and the weights."""
     role, weight, parameters = data.draw(encoders(x.shape[-1], x))
@@ -344,7 +344,7 @@ def test_no_token_is_wrong_by_more_than_its_size(data, x, bits):
 
 
 @given(st.data(), tokens(), BITS)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 def test_gains(data, x, bits):
     """Keys keep their inner product, values their norm; entries far off 45 degrees get the gain of least error."""
     role, weight, parameters = data.draw(encoders(x.shape[-1], x))

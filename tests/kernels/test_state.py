@@ -143,19 +143,20 @@ def test_sinks_and_window_are_exact_after_a_long_prompt(bits):
 
 
 def test_stored_tokens_follow_the_codec():
-    """The state adds nothing of its own: statistics without sinks, then `codec.fit` and `codec.encode`."""
+    """The state adds nothing of its own: statistics without sinks, `codec.weights`, `codec.fit` and `codec.encode`."""
     new = normal(1, 2, 50, 16) * torch.arange(1, 17) + 3
     query = normal(1, 4, 50, 16, seed=1) * torch.arange(16, 0, -1)
     state = state_of(4, heads=2)
     state.write(new, torch.arange(50), query=query)
     x = new[:, :, 4:]
-    weight = query[:, :, 4:].square().unflatten(1, (2, 2)).sum((2, 3))
-    parameters = codec.fit(x.mean(2), x.var(2, correction=0), weight, role="key", bits=4)
+    weight = codec.weights(query[:, :, 4:].square().unflatten(1, (2, 2)).sum((2, 3)))
+    parameters = codec.fit(x.mean(2), x.var(2, correction=0), weight, role="key")
     stored = sections(state)
+    torch.testing.assert_close(stored.weights[0], weight[0], rtol=2**-7, atol=0)
     torch.testing.assert_close(stored.means[:, 0], parameters.mean, rtol=2**-7, atol=0)
     torch.testing.assert_close(stored.scales[:, 0], parameters.scale, rtol=2**-7, atol=0)
     used = codec.Parameters(stored.means[:, 0, :, None], stored.scales[:, 0, :, None])
-    codes, gains = codec.encode(new, used, role="key", bits=4)
+    codes, gains = codec.encode(new, used, stored.weights[:, :, None], role="key", bits=4)
     read = tiles.read(stored.planes, slice(0, 50), role="key", bits=4, head_dim=16)
     assert torch.equal(read, codes)
     assert torch.equal(stored.gains[:, :, :50], gains)
@@ -261,7 +262,7 @@ def test_a_sequence_starts_at_the_first_position_without_a_mask():
     assert torch.equal(state.read()[:, :, 10:14], normal(1, 1, 30, 16)[:, :, :4])
 
 
-def test_refits_when_the_tokens_have_doubled():
+def test_refits_when_the_tokens_have_grown_by_half():
     state = state_of(4, slots=512)
     fits = []
     new = normal(1, 1, 400, 16)
@@ -270,22 +271,62 @@ def test_refits_when_the_tokens_have_doubled():
         fitted = int(sections(state).rows[0, FITTED])
         if not fits or fits[-1] != fitted:
             fits.append(fitted)
-    assert fits == [UNSET, 9, 18, 36, 72, 144, 288]
-    epochs = sections(state).epochs[0, :400]
-    # Tokens name the set of their time
-    assert epochs.tolist() == [0] * 21 + [1] * 18 + [2] * 36 + [3] * 72 + [4] * 144 + [5] * 109
+    assert fits == [UNSET, 9, 14, 21, 32, 48, 72, 108, 162, 243, 365]
+    # Tokens name the set of their time; the four sinks are not counted
+    first = torch.tensor([3 + fit for fit in fits[2:]])
+    expected = torch.searchsorted(first, torch.arange(400), right=True)
+    assert torch.equal(sections(state).epochs[0, :400].long(), expected)
 
 
-def test_a_refit_sees_only_the_new_tokens():
-    state = state_of(4, slots=128)
-    state.write(normal(1, 1, 40, 16), torch.arange(40))
-    state.write(normal(1, 1, 40, 16, seed=1) + 100, torch.arange(40, 80))
+def test_each_fit_halves_the_weight_of_what_came_before():
+    state = state_of(4, slots=256, heads=2)
+    new = normal(1, 2, 200, 16) * torch.linspace(0.5, 2, 16)
+    new[:, :, 44:] += torch.linspace(-20, 20, 16)
+    query = normal(1, 4, 200, 16, seed=1) * torch.linspace(2, 0.5, 16)
+    query[:, :, 120:] *= torch.linspace(1, 9, 16)
+    share = torch.zeros(0)
+    count = 0
+    for number, (a, b) in enumerate(((0, 44), (44, 120), (120, 200))):  # 40, 76 and 80 tokens besides the sinks
+        state.write(new[:, :, a:b], torch.arange(a, b), query=query[:, :, a:b])
+        share = torch.cat((share, torch.ones(b - max(4, a))))
+        count += b - max(4, a)
+        tokens, asked = new[0, :, 4:b], query[0, :, 4:b].unflatten(0, (2, 2))
+        mean = (tokens * share[:, None]).sum(1) / count
+        deviation = ((tokens - mean[:, None]).square() * share[:, None]).sum(1)
+        energy = (asked.square() * share[:, None]).sum((1, 2))
+        parameters = codec.fit(mean, deviation / count, codec.weights(energy), role="key")
+        share, count = share / 2, count - count // 2
+
+        stored = sections(state)
+        assert stored.rows[0, [SET, TOTAL, FITTED, COUNT]].tolist() == [number, b - 4, b - 4, count]
+        torch.testing.assert_close(stored.average[0], mean, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(stored.deviation[0], deviation / 2, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(stored.energy[0], energy / 2, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(stored.weights[0], codec.weights(energy), rtol=2**-7, atol=0)
+        torch.testing.assert_close(stored.means[0, number], parameters.mean, rtol=2**-7, atol=2**-10)
+        torch.testing.assert_close(stored.scales[0, number], parameters.scale, rtol=2**-7, atol=0)
+
+
+def test_halves_of_an_odd_count_round_up():
+    """So that a count of one stays one, and never falls to zero."""
+    state = state_of(4, slots=64, sinks=0, window=0)
+    for t, (total, count) in enumerate(((1, 1), (2, 1), (3, 1), (4, 2), (5, 2))):
+        state.write(normal(1, 1, 1, 16, seed=t), torch.tensor([t]))
+        assert sections(state).rows[0, [TOTAL, COUNT]].tolist() == [total, count]
+
+
+def test_tokens_of_another_kind_take_over():
+    state = state_of(4, slots=512)
+    state.write(normal(1, 1, 44, 16), torch.arange(44))
+    late = normal(1, 1, 400, 16, seed=1) + 100
+    for t in range(400):
+        state.write(late[:, :, t : t + 1], torch.tensor([44 + t]))
     stored = sections(state)
-    assert int(stored.rows[0, SET]) == 1
-    torch.testing.assert_close(stored.means[0, 1].float(), torch.full((1, 16), 100.0), rtol=0.01, atol=0)
-    assert (
-        relative(state.read()[:, :, 4:80], torch.cat((normal(1, 1, 36, 16), normal(1, 1, 40, 16) + 100), 2)) < 2
-    ).all()
+    # All halved: 40 tokens of old weigh less than one of 400
+    torch.testing.assert_close(
+        stored.means[0, stored.rows[0, SET]].float(), torch.full((1, 16), 100.0), rtol=0.01, atol=0
+    )
+    assert (relative(state.read()[:, :, 300:444], late[:, :, 256:]) < 0.02).all()
 
 
 def test_overwriting_uses_the_current_set():
@@ -296,18 +337,78 @@ def test_overwriting_uses_the_current_set():
     assert sections(state).epochs[0, [9, 10, 11, 12]].tolist() == [0, 1, 1, 0]
 
 
-def test_queries_of_an_earlier_epoch_serve_until_new_ones_come():
+def test_queries_count_until_others_outweigh_them():
     query = normal(1, 1, 40, 16) * torch.tensor([10.0] + [0.1] * 15)
     state = state_of(4, slots=512)
     state.write(normal(1, 1, 40, 16), torch.arange(40), query=query)
     stored = sections(state)
-    assert int(stored.rows[0, QUERIES]) == -36
-    state.write(normal(1, 1, 40, 16, seed=1), torch.arange(40, 80))
-    assert stored.scales[0, 1, 0, 0] / stored.scales[0, 1, 0, 1] > 1.5
-    state.write(normal(1, 1, 80, 16, seed=2), torch.arange(80, 160), query=query.flip(-1).repeat(1, 1, 2, 1))
+    first = stored.weights.clone()
+    assert first[0, 0, 0] > 10 * first[0, 0, 1]
+    state.write(normal(1, 1, 40, 16, seed=1), torch.arange(40, 80))  # a fit without queries
+    assert int(stored.rows[0, SET]) == 1
+    assert torch.equal(stored.weights, first)
+    state.write(normal(1, 1, 80, 16, seed=2), torch.arange(80, 160), query=2 * query.flip(-1).repeat(1, 1, 2, 1))
     assert int(stored.rows[0, SET]) == 2
-    assert stored.scales[0, 2, 0, 15] / stored.scales[0, 2, 0, 1] > 1.5
-    assert stored.scales[0, 2, 0, 0] / stored.scales[0, 2, 0, 1] < 1.2
+    assert stored.weights[0, 0, 15] > 10 * stored.weights[0, 0, 0] > 10 * stored.weights[0, 0, 1]
+
+
+@pytest.mark.parametrize("role", ["key", "value"])
+def test_weights_and_queries_are_for_keys(role):
+    state = state_of(4, role=role)
+    state.write(normal(1, 1, 40, 16), torch.arange(40))
+    weights = sections(state).weights
+    assert weights.shape == (1, 1 if role == "key" else 0, 16)
+    assert (weights == 1).all()  # none were seen
+    state.write(normal(1, 1, 24, 16), torch.arange(40, 64), query=normal(1, 1, 24, 16))
+    assert (weights != 1).any(-1).all()
+
+
+def test_weights_change_with_the_set_only():
+    state = state_of(4, slots=256)
+    state.write(normal(1, 1, 44, 16), torch.arange(44), query=normal(1, 1, 44, 16))
+    stored = sections(state)
+    before = stored.weights.clone()
+    other = normal(1, 1, 100, 16, seed=1) * torch.linspace(0, 5, 16)
+    state.write(normal(1, 1, 19, 16), torch.arange(44, 63), query=other[:, :, :19])  # 59 of 60
+    assert int(stored.rows[0, FITTED]) == 40
+    assert torch.equal(stored.weights, before)
+    state.write(normal(1, 1, 1, 16), torch.tensor([63]), query=other[:, :, 19:20])
+    assert int(stored.rows[0, FITTED]) == 60
+    assert not torch.equal(stored.weights, before)
+
+
+def test_a_fit_of_padding_weighs_all_channels_alike():
+    new, query = normal(2, 1, 60, 16), normal(2, 1, 60, 16, seed=1) * torch.linspace(0, 5, 16)
+    mask = torch.ones(2, 1, 1, 60, dtype=torch.bool)
+    mask[1, ..., :38] = False
+    state = state_of(8, batch=2)
+    state.write(new[:, :, :40], torch.arange(40), query=query[:, :, :40], mask=mask)
+    stored = sections(state)
+    assert stored.rows[:, FITTED].tolist() == [36, UNSET]
+    assert int(stored.rows[1, SET]) == 0
+    assert (stored.weights[1] == 1).all()
+    assert not (stored.weights[0] == 1).all()
+    assert (relative(state.read()[1, :, :38], new[1, :, :38]) < 0.02).all()
+    state.write(new[:, :, 40:], torch.arange(40, 60), query=query[:, :, 40:], mask=mask)
+    assert int(stored.rows[1, FITTED]) == 18
+    assert not (stored.weights[1] == 1).all()
+
+
+@pytest.mark.parametrize("kept", [(4, 8), (0, 8), (0, 0)])
+def test_sets_suffice_for_a_full_cache(kept):
+    """Token by token and twice in a row: every fit finds a free set."""
+    state = state_of(4, slots=256, sinks=kept[0], window=kept[1])
+    new = normal(1, 1, 256, 16)
+    stored = sections(state)
+    for _ in range(2):
+        due = None
+        for t in range(256):
+            state.write(new[:, :, t : t + 1], torch.tensor([t]))
+            total, fitted = stored.rows[0, [TOTAL, FITTED]].tolist()
+            if fitted > 0:
+                due = math.ceil(1.5 * fitted)
+                assert total < due or fitted == total
+        assert due is not None
 
 
 def test_sets_are_recycled_in_a_sliding_cache():
@@ -334,9 +435,11 @@ def test_without_a_free_set_the_old_one_is_kept():
     stored = sections(state)
     sets = stored.scales.shape[1]
     stored.epochs[0, :sets] = torch.arange(sets, dtype=torch.uint8)  # every set is named
-    before = stored.scales.clone()
-    state.write(normal(1, 1, 40, 16, seed=1), torch.arange(20, 60))
-    assert torch.equal(stored.scales, before)
+    before = stored.scales.clone(), stored.weights.clone(), int(stored.rows[0, COUNT])
+    state.write(normal(1, 1, 40, 16, seed=1), torch.arange(20, 60), query=normal(1, 1, 40, 16))
+    assert torch.equal(stored.scales, before[0])
+    assert torch.equal(stored.weights, before[1])
+    assert int(stored.rows[0, COUNT]) == before[2] + 40  # a fit that did not take place halves nothing
     assert int(stored.rows[0, FITTED]) == 16
     assert (relative(state.read()[:, :, 20:60], normal(1, 1, 40, 16, seed=1)) < 0.1).all()
 

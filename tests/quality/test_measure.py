@@ -41,6 +41,8 @@ def test_positions_have_a_token_that_follows():
     assert setting.steps == 4
     assert setting.following(torch.arange(15)[None]).tolist() == [[11, 12, 13, 14]]
     assert Setting(10, 20, 4).positions.tolist() == [10, 14, 18]
+    assert Setting(10, 20, 4, start=13).positions.tolist() == [13, 17]
+    assert Setting(10, 20, 4, start=5).positions.tolist() == [10, 14, 18]
 
 
 def test_without_quantisation_decoding_gives_the_exact_states(subject, ids):

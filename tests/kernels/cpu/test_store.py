@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from decoquant_compile.kernels import codec, reference, tiles
-from decoquant_compile.kernels.format import FITTED, NO_EPOCH, START, TOTAL, Format
+from decoquant_compile.kernels.format import FITTED, NO_EPOCH, ORIGIN, START, TOTAL, Format
 from decoquant_compile.kernels.state import CacheState
 from tests.kernels.cpu.cases import BITS, DTYPES, HEAD_DIMS, Source, Tokens, Write, Writer
 
-ROUNDED = ("average", "deviation", "energy", "means", "scales", "gains")
+ROUNDED = ("average", "deviation", "energy", "weights", "means", "scales", "gains")
 """Sections that rounding may change, besides the codes."""
 
 
@@ -52,8 +52,19 @@ def read(state):
     return reference.dequantise(state.buffer, state.batch, state.heads, state.slots, state.format)
 
 
-def assert_same(got, expected, count):
-    """Two states after the same write of at most `count` tokens to equal states."""
+def exact(write, state):
+    """The tokens of a write as the cache would hold them unencoded, zeros elsewhere."""
+    form = state.format
+    plain = CacheState.empty(
+        Format(form.role, 16, form.head_dim, form.dtype), state.batch, state.heads, state.slots, "cpu"
+    )
+    sections(plain).header.copy_(sections(state).header)
+    write.expected(plain)
+    return reference._finite(read(plain)).double()
+
+
+def assert_same(got, expected, truth):
+    """Two states after the same write to equal states; `truth` as of `exact`."""
     a, b = sections(got), sections(expected)
     assert torch.equal(without_rounded(got), without_rounded(expected))
     if got.format.bits == 16:
@@ -63,6 +74,7 @@ def assert_same(got, expected, count):
         x, y = getattr(a, name), getattr(b, name)
         largest = float(y.abs().max()) if y.numel() else 0.0
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4 * largest, msg=lambda text, name=name: f"{name}: {text}")
+    assert (steps_apart(a.weights, b.weights) <= 1).all()
     assert (steps_apart(a.scales, b.scales) <= 1).all()
     # A mean that cancels has few digits; its channel's spread is about 1 / scale.
     cancelled = (a.means.float() - b.means.float()).abs() <= 1e-3 / b.scales[:, : b.means.shape[1]].float()
@@ -70,25 +82,37 @@ def assert_same(got, expected, count):
         assert ((steps_apart(a.means, b.means) <= 1) | cancelled).all()
 
     assert torch.equal(a.gains < 0, b.gains < 0)
-    if torch.equal(a.scales, b.scales) and torch.equal(a.means, b.means):
-        differ = codes(got) != codes(expected)
-        assert not differ[:, :, got.slots :].any()
-        differ[:, :, : got.slots] &= (b.gains > 0)[..., None]  # else they stand for zero, whatever they are
-        written = count * got.batch * got.heads * differ.shape[-1]
-        assert int(differ.sum()) <= max(2, written // 1000)
-        alike = ~differ[:, :, : got.slots].any(-1)
-        assert (steps_apart(a.gains, b.gains)[alike] <= 1).all()
+    same_fit = (a.scales == b.scales).all(-1).all(1)  # [batch, heads]
+    if b.means.numel():
+        same_fit &= (a.means == b.means).all(-1).all(1) & (a.weights == b.weights).all(-1)
+    differ = codes(got) != codes(expected)
+    assert not differ[:, :, got.slots :].any()
+    # Codes under a gain of zero stand for zero, whatever they are. One code that rounding decided otherwise changes
+    # those behind it, which make up for its error: what counts is how many tokens are concerned.
+    differ = (differ[:, :, : got.slots].any(-1) | (steps_apart(a.gains, b.gains) > 1)) & ((a.gains > 0) | (b.gains > 0))
+    written = int(truth.any(-1).sum())
+    assert int((differ & same_fit[..., None]).sum()) <= max(2, written // 1000)
+
     x, y = read(got).double(), read(expected).double()
     assert x.isfinite().all()
-    typical = y.norm(dim=-1).amax((1, 2))[:, None, None, None].clamp_min(1e-30)
-    assert ((x - y) / typical).norm(dim=-1).square().mean().sqrt() <= 0.03
+    typical = y.norm(dim=-1).amax((1, 2))[:, None, None].clamp_min(1e-30)
+    origin = int(b.header[ORIGIN])
+    alike = same_fit[..., None] & ~differ[:, :, (origin + torch.arange(got.slots)) % got.slots]
+    step = torch.finfo(got.format.dtype).eps + 2**-10  # of a number that is read, and of a gain
+    assert ((x - y).norm(dim=-1)[alike] <= (step * typical).expand_as(alike)[alike]).all()
+    # The others are read no worse.
+    ours, theirs = (
+        ((read - truth).norm(dim=-1) / typical)[~alike & truth.any(-1)].square().sum().sqrt() for read in (x, y)
+    )
+    assert ours <= 1.25 * theirs + 0.05
 
 
 def assert_writes_like_the_oracle(native, write, state):
+    truth = exact(write, state)
     expected = state.clone()
     write.expected(expected)
     write.apply(native, state)
-    assert_same(state, expected, len(write.positions))
+    assert_same(state, expected, truth)
 
 
 def assert_any_writes_equal_the_oracle(native, random, count):
@@ -280,7 +304,7 @@ def test_no_free_parameter_set(native):
 
 
 def test_a_prompt_token_by_token(native):
-    """First fit, refits at doubling counts, a new sequence over the old one."""
+    """First fit, refits as the tokens grow, a new sequence over the old one."""
     state = empty(3, slots=150, window=8)
     for turn in range(2):
         new = tokens_of(state, 150, seed=turn)
