@@ -240,7 +240,7 @@ def fit(mean: Tensor, variance: Tensor, weight: Tensor | None, *, role: Role) ->
 
 
 def cost(scale: Tensor, weight: Tensor | None) -> Tensor:
-    """What an error costs in each channel before the rotation, ``w / s^2`` up to a factor: float32, at most about 1.
+    """What an error costs in each channel before the rotation: ``w / s^2`` up to a factor, float32, at most ``w``.
 
     Args:
         scale: balance, ``[..., head_dim]``.
@@ -254,7 +254,8 @@ def cost(scale: Tensor, weight: Tensor | None) -> Tensor:
 def _nearest(y: Tensor, radius: Tensor, bits: int) -> Tensor:
     """Codes of the nearest entries, uint8; `radius` broadcasts to `y`."""
     if bits == 8:
-        return (y * (steps(8) / radius)).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
+        scaled = (y * (steps(8) / radius)).nan_to_num_(0.0)  # zero times the infinity of a radius too small
+        return scaled.round_().clamp_(-127, 127).add_(128).to(torch.uint8)
     return torch.bucketize((y / radius).contiguous(), thresholds(bits, y.device), out_int32=True).to(torch.uint8)
 
 

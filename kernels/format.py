@@ -204,7 +204,7 @@ def _layout(form: Format, batch: int, heads: int, slots: int) -> Layout:
     coded = form.bits != 16
     kept = tiles.capacity(slots) if coded else 0
     # Refits come at counts that grow so much, so this many sets serve a full cache, and two more an earlier sequence.
-    growth = slots / max(1, form.sinks + form.window)
+    growth = slots / max(1, form.window)  # the first fit comes when a token leaves the window
     sets = max(0, math.ceil(math.log(growth, REFIT_GROWTH))) + 3 if coded else 0
     sinks, window = min(form.sinks, slots), min(form.window, slots)
     channels = (batch, heads, form.head_dim)

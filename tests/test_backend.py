@@ -401,7 +401,7 @@ def test_modes_and_options_arrive(spy):
     ("options", "message"),
     [
         ({"bit": 4}, r"option 'bit' is not known: expected one of bits, key_bits, value_bits, sinks, window"),
-        ({"bits": 7}, r"bits=7: expected one of 16, 8, 5, 4, 3, 2"),
+        ({"bits": 9}, r"bits=9: expected one of 16, 8, 5, 4, 3, 2"),
         ({"window": 0}, r"window=0: expected at least 1"),
     ],
 )

@@ -394,7 +394,7 @@ def test_a_fit_of_padding_weighs_all_channels_alike():
     assert not (stored.weights[1] == 1).all()
 
 
-@pytest.mark.parametrize("kept", [(4, 8), (0, 8), (0, 0)])
+@pytest.mark.parametrize("kept", [(4, 8), (0, 8), (0, 0), (8, 0), (8, 1)])
 def test_sets_suffice_for_a_full_cache(kept):
     """Token by token and twice in a row: every fit finds a free set."""
     state = state_of(4, slots=256, sinks=kept[0], window=kept[1])
