@@ -38,7 +38,6 @@ _BALANCE_FLOOR: Final = 1e-6  # of the largest channel variance
 _IDENTITY_SHARE: Final = 0.02  # mixed into the query weights: the channels that today's queries ignore may matter later
 _CONSTANT_FLOOR: Final = 2.0**-16  # variance, relative to the mean's square, below which a channel counts as constant
 _COORDINATE_LIMIT: Final = 2.0**24  # beyond what any gain can express; its square is finite
-_LEAF: Final = 8  # channels that are rounded at once; below it shaping brings nothing measurable
 _LEAST_COSINE: Final = 0.5**0.5  # a gain that keeps the product with entries further off than 45 degrees would explode
 
 # Lloyd-Max quantisers of a standard normal in units of 1 / _STEPS: the positive half; the other half mirrors it.
@@ -251,6 +250,11 @@ def cost(scale: Tensor, weight: Tensor | None) -> Tensor:
     return relative if weight is None else relative * weight.float()
 
 
+def leaf(head_dim: int) -> int:
+    """Channels that shaping rounds at once at most: with fewer it brings nothing measurable, and takes longer."""
+    return min(max(head_dim // 8, 8), 16)
+
+
 def _nearest(y: Tensor, radius: Tensor, bits: int) -> Tensor:
     """Codes of the nearest entries, uint8; `radius` broadcasts to `y`."""
     if bits == 8:
@@ -259,7 +263,7 @@ def _nearest(y: Tensor, radius: Tensor, bits: int) -> Tensor:
     return torch.bucketize((y / radius).contiguous(), thresholds(bits, y.device), out_int32=True).to(torch.uint8)
 
 
-def _shape(y: Tensor, price: Tensor, radius: Tensor, bits: int) -> Tensor:
+def _shape(y: Tensor, price: Tensor, radius: Tensor, bits: int, smallest: int) -> Tensor:
     """Codes whose error is small in the metric ``M = R^T diag(price) R``: successive cancellation.
 
     ``M`` is a 2 x 2 block matrix ``[[A, B], [B, A]]`` whose blocks are metrics of the same kind, of half the size, with
@@ -274,17 +278,18 @@ def _shape(y: Tensor, price: Tensor, radius: Tensor, bits: int) -> Tensor:
         price: broadcastable to `y`, positive.
         radius: ``[..., 1, 1]``.
         bits: width of a code.
+        smallest: see `leaf`.
 
     Returns:
         uint8, of the shape of `y`.
     """
     order, run = y.shape[-2:]
-    if order == 1 or order * run <= _LEAF:
+    if order == 1 or order * run <= smallest:
         return _nearest(y, radius, bits)
     half = order // 2
     p, q = price[..., :half, :], price[..., half:, :]
     total = p + q
-    first = _shape(y[..., :half, :], 2 * p * q / total, radius, bits)
+    first = _shape(y[..., :half, :], 2 * p * q / total, radius, bits, smallest)
     error = _butterflies(y[..., :half, :] - lookup(first, bits) * radius, half)
     passed = (p - q) / total / half
     if run > 1:
@@ -292,7 +297,7 @@ def _shape(y: Tensor, price: Tensor, radius: Tensor, bits: int) -> Tensor:
         error = (error @ matrix.T * passed) @ matrix
     else:
         error = error * passed
-    second = _shape(y[..., half:, :] + _butterflies(error, half), total / 2, radius, bits)
+    second = _shape(y[..., half:, :] + _butterflies(error, half), total / 2, radius, bits, smallest)
     return torch.cat((first, second), -2)
 
 
@@ -324,7 +329,9 @@ def encode(x: Tensor, parameters: Parameters, weight: Tensor | None, *, role: Ro
     size = y.abs().amax(-1) * (steps(8) / 127) if bits == 8 else (y.square().sum(-1) / head_dim).sqrt()
     radius = (size * spread(bits)).clamp_min(tiny)[..., None]
     price = cost(scale, weight)
-    codes = _shape(y.unflatten(-1, (order, -1)), price.unflatten(-1, (order, -1)), radius[..., None], bits).flatten(-2)
+    split = (order, head_dim // order)
+    shaped = _shape(y.unflatten(-1, split), price.unflatten(-1, split), radius[..., None], bits, leaf(head_dim))
+    codes = shaped.flatten(-2)
     entry = unrotate(lookup(codes, bits))
     priced = balanced * price
     power = (balanced * priced).sum(-1)

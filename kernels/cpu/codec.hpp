@@ -19,7 +19,6 @@ constexpr float IDENTITY_SHARE = 0.02f;       // mixed into the query weights
 constexpr float CONSTANT_FLOOR = 0x1p-16f;    // variance, relative to the mean's square, of a constant channel
 constexpr float COORDINATE_LIMIT = 0x1p24f;   // beyond what any gain can express
 constexpr float TINY = FLT_MIN;               // smallest normal float32
-constexpr int64_t LEAF = 8;                   // channels that are rounded at once
 constexpr float LEAST_COSINE = 0.70710678f;   // below it a gain is the one of least error
 constexpr double REFIT_GROWTH = 1.5;          // of the tokens of a sequence, from one fit to the next
 constexpr uint16_t NEVER_WRITTEN = 0xbc00;    // -1 in float16, the gain of a slot never written or exactly zero
@@ -257,6 +256,9 @@ inline void fit(const Layout& layout, const float* mean, const float* variance, 
 
 // ------------------------------------------------------------------------------------------------------ encode, decode
 
+// codec.leaf
+inline int64_t leaf(int64_t head_dim) { return std::min<int64_t>(std::max<int64_t>(head_dim / 8, 8), 16); }
+
 // What codec._shape needs of the parameters of a head, and memory for one token.
 class Shaping {
  public:
@@ -270,6 +272,7 @@ class Shaping {
     targets = memory + 4 * stride;
     ratios_ = memory + 5 * stride;
     half_ = size / 2;
+    leaf_ = leaf(size);
     float least = FLT_MAX;
     for (int64_t i = 0; i < size; ++i) least = std::min(least, scale[i]);
     for (int64_t i = 0; i < size; ++i) {
@@ -285,11 +288,14 @@ class Shaping {
 
   // Splits of a row into halves, one after the other, until it is a leaf.
   static int64_t levels(int64_t size) {
+    const int64_t smallest = leaf(size);
     int64_t count = 0;
-    for (int64_t order = size & -size; order > 1 && size > LEAF; order /= 2, size /= 2) ++count;
+    for (int64_t order = size & -size; order > 1 && size > smallest; order /= 2, size /= 2) ++count;
     return count;
   }
   static int64_t rows(const Layout& layout) { return 5 + (levels(layout.head_dim) + 1) / 2; }
+
+  bool is_leaf(int64_t size, int64_t order) const { return order == 1 || size <= leaf_; }
 
   // A^-1 B of the node with `size` channels from `begin` on, with the norm of two transforms.
   const float* ratios(int64_t level, int64_t begin) const { return ratios_ + level * half_ + begin / 2; }
@@ -300,7 +306,7 @@ class Shaping {
  private:
   // `prices` of the node, consumed.
   void divide(int64_t level, int64_t begin, int64_t size, int64_t order, float* prices) {
-    if (order == 1 || size <= LEAF) return;
+    if (is_leaf(size, order)) return;
     const int64_t half = size / 2;
     float *first = prices, *second = prices + half, *ratio = ratios_ + level * half_ + begin / 2;
     const auto transform = static_cast<float>(order / 2);
@@ -315,7 +321,7 @@ class Shaping {
   }
 
   float* ratios_;
-  int64_t half_;
+  int64_t half_, leaf_;
 };
 
 // codec._shape: codes and, in units of the radius, entries of a rotated token.
@@ -333,7 +339,7 @@ class Shaper {
  private:
   // The node with `size` channels from `begin` on: `y` are its targets, `memory` has room for those of nodes below.
   void shape(int64_t level, int64_t begin, int64_t size, int64_t order, const float* y, float* memory) const {
-    if (order == 1 || size <= LEAF) {
+    if (shaping_.is_leaf(size, order)) {
       round(begin, size, y);
       return;
     }

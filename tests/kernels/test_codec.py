@@ -44,7 +44,7 @@ def weights_over(decades, head_dim, seed):
 def leaf_of(head_dim):
     """Number of neighbouring channels that are rounded at once."""
     size, order = head_dim, head_dim & -head_dim
-    while order > 1 and size > 8:
+    while order > 1 and size > codec.leaf(head_dim):
         size, order = size // 2, order // 2
     return size
 
@@ -264,7 +264,9 @@ def test_shaping_is_error_feedback_over_the_factors_of_the_metric(bits, head_dim
         expected.append(chosen)
     order = head_dim & -head_dim
     shape = (order, head_dim // order)
-    codes = codec._shape(y.unflatten(1, shape), price.unflatten(0, shape), radius[..., None], bits).flatten(1)
+    codes = codec._shape(
+        y.unflatten(1, shape), price.unflatten(0, shape), radius[..., None], bits, codec.leaf(head_dim)
+    ).flatten(1)
     differ = (codes != torch.cat(expected, 1)).any(1)  # a coordinate on a threshold, and what follows from it
     assert int(differ.sum()) <= 1
 
