@@ -19,8 +19,9 @@ _WIDTHS: Final = tuple(sorted(CODED_BITS))
 _DISTORTION: Final = {2: 0.1175, 3: 0.03454, 4: 0.009501, 5: 0.002499, 8: 1.2e-4}
 """Of the Lloyd-Max codebooks; at 8 bits of the uniform grid up to the largest of 64 to 256 channels."""
 
-_SENSITIVITY: Final = {"key": 2.0, "value": 1.0}
-"""Errors of keys hurt more: they are amplified by the softmax. Measured on Gemma-3-270M (issue 5)."""
+_SENSITIVITY: Final = {"key": 2.5, "value": 1.0}
+"""Errors of keys hurt more: the softmax amplifies them. The ratio of the KL divergences of Gemma-3-270M with only its keys
+and with only its values at 3 bits (0.0043 and 0.0017)."""
 
 
 @dataclass(frozen=True)
