@@ -182,6 +182,12 @@ def _settle(gm: fx.GraphModule, traced: fx.GraphModule, mutated: Mapping[str, st
         graph.erase_node(node)
     for node in list(graph.find_nodes(op="call_function", target=_compat.SET_GRAD_ENABLED)):
         graph.erase_node(node)
+    for node in list(graph.find_nodes(op="call_function", target=aten.dropout.default)):
+        rate, training = node.args[1:3]
+        if not training or rate == 0:  # as a random operator it would be kept alive, and all it is made from
+            source: Any = node.args[0]
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         _guard_lengths(node)
     graph.eliminate_dead_code()

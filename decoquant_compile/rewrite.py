@@ -187,9 +187,12 @@ class _Rewriter:
                 self.graph.call_function(ops.store, arguments)
 
             def attend(positions: fx.Node) -> None:
-                arguments = (core.query, key_state, value_state, key, value, positions, mask, core.scale, None)
+                arguments = (core.query, key_state, value_state, key, value, positions, mask, core.scale, core.softcap)
                 sizes = (key_slots, first, length, key_format.key(), value_format.key())
-                self.replaced.append((core.node, self.graph.call_function(ops.attend, (*arguments, *sizes))))
+                result = self.graph.call_function(ops.attend, (*arguments, *sizes))
+                for target, others in core.result:
+                    result = self.graph.call_function(target, (result, *others))
+                self.replaced.append((core.node, result))
 
             appended = site.read is not None and not site.read.after_write
             if appended:  # the attention sees the cache as it was

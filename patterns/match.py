@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Protocol
 
 import torch
 from torch import fx
 
-from decoquant_compile.patterns.attention import AttentionCore, cores, readers
+from decoquant_compile.patterns.attention import cores, readers
 from decoquant_compile.patterns.cache import FORMS, CacheWrite, parse
+from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.movement import Repeat, Walk, moves, operand, peel, plain
 from decoquant_compile.patterns.reject import Problem, Reason, Reject
 from decoquant_compile.patterns.symbols import Int, Size, dtype, known, same_value, shape
@@ -159,7 +160,7 @@ class _Matcher:
         operands: dict[fx.Node, tuple[_Operand | Problem, _Operand | Problem]] = {}
         for core in found:
             if isinstance(core, AttentionCore):
-                pair = self._resolve(core.key), self._resolve(core.value)
+                pair = self._resolve(core.key, scaled=True), self._resolve(core.value)
                 operands[core.node] = pair
                 for side in pair:
                     if isinstance(side, _Operand):
@@ -191,8 +192,8 @@ class _Matcher:
                 todo += node.users
         return False
 
-    def _resolve(self, node: fx.Node) -> _Operand | Problem:
-        walk = peel(node, until=self.seen.keys() | self.new.keys())
+    def _resolve(self, node: fx.Node, *, scaled: bool = False) -> _Operand | Problem:
+        walk = peel(node, until=self.seen.keys() | self.new.keys(), scaled=scaled)
         if (write := self.seen.get(walk.source)) is not None:
             return _Operand(write, walk, own=False)
         if walk.source in self.new:
@@ -256,6 +257,9 @@ class _Matcher:
                 return result
         assert isinstance(groups, int)
         assert not isinstance(read, Problem)
+        if key.walk.factor != 1:
+            scale = shape(core.query)[-1] ** -0.5 if core.scale is None else core.scale
+            core = replace(core, scale=scale * key.walk.factor)
         site = Site(core, k, v, read, key_dims, groups)
         return self._escape(site) or site
 

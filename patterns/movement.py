@@ -58,11 +58,13 @@ class Walk:
         source: the node it starts from.
         axes: what it does.
         nodes: its nodes, from the source's user to the end.
+        factor: what the elements are multiplied by on the way.
     """
 
     source: fx.Node
     axes: Axes
     nodes: tuple[fx.Node, ...]
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,8 @@ MOVEMENT: dict[object, _Rule] = {
     aten.squeeze.default: _regroup,
     aten.squeeze.dim: _regroup,
     aten.squeeze.dims: _regroup,
+    aten.flatten.using_ints: _regroup,
+    aten.unflatten.int: _regroup,
     aten.transpose.int: _transpose,
     aten.permute.default: lambda state, node: _reorder(state, argument(node, "dims")),
     aten.t.default: lambda state, _: _reorder(state, range(len(state.dims))[::-1]),
@@ -234,6 +238,9 @@ MOVEMENT: dict[object, _Rule] = {
 }
 """Operators that only move, repeat or drop elements. `copy` and a `slice_scatter` over all of its base are here too:
 they give the elements of their second argument."""
+
+REGROUPING = {target for target, rule in MOVEMENT.items() if rule is _regroup}
+"""Row-major views: elements keep their order."""
 
 _PERMUTING = {aten.transpose.int, aten.permute.default, aten.t.default}
 _OVERWRITING = {aten.copy.default, aten.slice_scatter.default}
@@ -253,28 +260,38 @@ def moves(node: fx.Node) -> bool:
     return node.target is not aten.slice_scatter.default or same_shape(shape(node), shape(operand(node)))
 
 
-def peel(node: fx.Node, until: Container[fx.Node] = ()) -> Walk:
+def peel(node: fx.Node, until: Container[fx.Node] = (), *, scaled: bool = False) -> Walk:
     """Walk back over movement.
 
     Args:
         node: where to start.
         until: nodes at which to stop although they are movement themselves.
+        scaled: go on over multiplications by constants as well.
 
     Returns:
         The walk from its source: a node of `until`, the first node that is no movement, or the last one that is not
         understood.
     """
-    path: list[fx.Node] = []
-    while node not in until and moves(node):
-        path.append(node)
-        node = operand(node)
-    state, nodes = _State(node), list[fx.Node]()
-    for step in reversed(path):
-        if MOVEMENT[step.target](state, step):
+    path: list[tuple[fx.Node, float | None]] = []
+    while node not in until:
+        if moves(node):
+            path.append((node, None))
+            node = operand(node)
+        elif scaled and (by := scaling(node)) is not None:
+            path.append((node, by[1]))
+            node = by[0]
+        else:
+            break
+    state, nodes, factor = _State(node), list[fx.Node](), 1.0
+    for step, by_factor in reversed(path):
+        if by_factor is not None:
+            nodes.append(step)
+            factor *= by_factor
+        elif MOVEMENT[step.target](state, step):
             nodes.append(step)
         else:
-            node, state, nodes = step, _State(step), []
-    return Walk(node, state.axes(), tuple(nodes))
+            node, state, nodes, factor = step, _State(step), [], 1.0
+    return Walk(node, state.axes(), tuple(nodes), factor)
 
 
 def plain(node: fx.Node) -> fx.Node:
@@ -285,6 +302,39 @@ def plain(node: fx.Node) -> fx.Node:
             break
         node = source
     return node
+
+
+def constant(value: object) -> float | None:
+    """The number that an argument is wherever the graph runs, or that all elements of it are; None if it is none."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, fx.Node):
+        return None
+    node = plain(value)
+    if node.target in {aten.full.default, aten.full_like.default}:
+        return constant(argument(node, "fill_value"))
+    if node.op != "get_attr":
+        return None
+    tensor = getattr(node.graph.owning_module, str(node.target))
+    return float(tensor) if isinstance(tensor, torch.Tensor) and tensor.numel() == 1 else None
+
+
+def scaling(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """The tensor that a node multiplies, or divides, by a constant, and the factor."""
+    if node.target not in {aten.mul.Tensor, aten.div.Tensor}:
+        return None
+    sides = [(node.args[0], node.args[1])]
+    if node.target is aten.mul.Tensor:
+        sides.append((node.args[1], node.args[0]))
+    for source, other in sides:
+        factor = constant(other)
+        if factor is None or not isinstance(source, fx.Node):
+            continue
+        if same_shape(shape(source), shape(node)) and dtype(source) == dtype(node):
+            if node.target is aten.mul.Tensor:
+                return source, factor
+            return None if factor == 0 else (source, 1 / factor)
+    return None
 
 
 def is_identity(walk: Walk) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from decoquant_compile.patterns.attention import AttentionCore
+    from decoquant_compile.patterns.core import AttentionCore
 
 
 class Reason(enum.Enum):
@@ -37,8 +37,9 @@ class Reason(enum.Enum):
     UNDECIDED_SIZE = "a size is not known to be equal to another, or not constant"
     ATTENTION_FORM = "attention in this form is not rewritten"
     ATTENTION_RANK = "the attention does not work on four dims"
+    WEIGHTS_ESCAPE = "the attention's logits or weights are used by something besides its softmax and its values"
     DROPOUT = "the attention drops probabilities at random"
-    MASK_FORM = "the attention mask does not cover [batch, heads, queries, keys], or is neither boolean nor float"
+    MASK_FORM = "the attention mask does not cover [batch, heads, queries, keys], is no bool or float, or hides nothing"
 
 
 @dataclass(frozen=True)

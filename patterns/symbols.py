@@ -65,6 +65,13 @@ def argument(node: fx.Node, name: str) -> Any:
     raise KeyError(f"{node.target} has no argument {name!r}")
 
 
+def computed(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new node at the graph's insertion point, with its value's metadata."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
+    return node
+
+
 def same_value(a: object, b: object) -> bool:
     """Whether two arguments hold the same value: the same node, equal sizes, or the same pure computation."""
     if isinstance(a, fx.Node) and isinstance(b, fx.Node):

@@ -353,3 +353,11 @@ def test_higher_order_operators_are_refused():
 def test_outside_dynamo_is_refused():
     gm = torch.fx.symbolic_trace(lambda x: x + 1)
     assert "Dynamo" in unsupported(gm, [torch.zeros(3)])
+
+
+@pytest.mark.parametrize(("rate", "training", "stays"), [(0.5, False, 0), (0.0, True, 0), (0.5, True, 1)])
+def test_dropout_that_does_nothing_is_left_out(rate, training, stays):
+    recorder, _ = capture(lambda x: F.dropout(x.exp(), rate, training) + 1, torch.ones(4))
+    assert len(recorder.graphs[0].graph.find_nodes(op="call_function", target=aten.dropout.default)) == stays
+    if not stays:
+        check_round_trip(lambda x: F.dropout(x, rate, training), torch.ones(4))

@@ -49,7 +49,9 @@ def static_cache(model, batch=1, slots=96, *, early=True):
     """A static cache; `early` allocates it, which a prefill that is itself compiled needs."""
     cache = StaticCache(config=model.config, max_cache_len=slots)
     if early:
-        heads, head_dim = model.config.num_key_value_heads, model.config.head_dim
+        config = model.config
+        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         cache.early_initialization(batch, heads, head_dim, model.dtype, torch.device("cpu"))
     return cache
 

@@ -12,7 +12,7 @@ VOCAB = 97
 SLIDING_WINDOW = 24
 
 
-def hugging_face(name, **changes):
+def hugging_face(name, attention="sdpa", **changes):
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -27,19 +27,29 @@ def hugging_face(name, **changes):
         "eos_token_id": None,
         "bos_token_id": 1,
     } | changes
+    whole = {name: size for name, size in sizes.items() if name not in ("num_key_value_heads", "head_dim")}
     config = {
         "llama": lambda: transformers.LlamaConfig(**sizes),
         "qwen3": lambda: transformers.Qwen3Config(**sizes),
         "mistral": lambda: transformers.MistralConfig(**sizes, sliding_window=SLIDING_WINDOW),
+        "gemma2": lambda: transformers.Gemma2Config(
+            **{"attn_logit_softcapping": 2.0} | sizes,  # as 50 is to real models: it must bend these logits
+            sliding_window=SLIDING_WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+            query_pre_attn_scalar=16,
+        ),
         "gemma3": lambda: transformers.Gemma3TextConfig(
             **sizes,
             sliding_window=SLIDING_WINDOW,
             layer_types=["sliding_attention", "full_attention"],
             query_pre_attn_scalar=64,
         ),
+        "gpt_neox": lambda: transformers.GPTNeoXConfig(**whole),
+        "opt": lambda: transformers.OPTConfig(**whole, ffn_dim=64, word_embed_proj_dim=64, init_std=0.2),
+        "bloom": lambda: transformers.BloomConfig(**whole),
     }[name]()
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 def prompts(*shape, seed=0):

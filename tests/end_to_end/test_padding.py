@@ -11,7 +11,7 @@ FLIPS = 1e-2
 """Standard deviations: rounding may move single elements to a neighbouring code; 4 bits as a whole cost 0.1 to 1."""
 
 LENGTHS = (40, 27, 12)
-NAMES = ("llama", "qwen3", "mistral", "gemma3")
+NAMES = ("llama", "qwen3", "mistral", "gemma3", "llama-eager", "gemma2-eager")
 
 
 def left_padded(rows):
@@ -34,13 +34,13 @@ def tolerance(bits):
     return NOISE if bits == 16 else FLIPS
 
 
-@pytest.mark.parametrize(("name", "bits"), normal(("llama", 16), ("mistral", 4)))
+@pytest.mark.parametrize(("name", "bits"), normal(("llama", 16), ("mistral", 4), ("llama-eager", 4)))
 def test_rows_are_their_single_runs(name, bits):
     """The prompts are prefilled in the compiled region, then come single tokens and a chunk."""
     # A chunk that carries a sliding layer over its edge is attended before it is stored, elsewhere after: the exact
     # window is then older by the chunk. A padded row is nearer to the edge than its single run.
-    slides = name in ("mistral", "gemma3")
-    model, rest = hugging_face(name), [1, 1, 1] if slides and bits < 16 else [1, 6, 1]
+    slides = name in ("mistral", "gemma3", "gemma2-eager")
+    model, rest = hugging_face(*name.split("-")), [1, 1, 1] if slides and bits < 16 else [1, 6, 1]
     rows = [prompts(length + sum(rest), seed=length) for length in LENGTHS]
     ids, mask = left_padded(rows)
     chunks = [max(LENGTHS), *rest]
@@ -78,7 +78,7 @@ def generate(model, rows, tokens=16):
 
 @pytest.mark.parametrize(("name", "bits"), normal(("gemma3", 4), ("qwen3", 8)))
 def test_rows_are_their_single_runs_in_generate(name, bits):
-    model = hugging_face(name)
+    model = hugging_face(*name.split("-"))
     rows = [prompts(length, seed=length) for length in LENGTHS]
     with packing(bits=bits, **SMALL):
         tokens, logits, cache = generate(model, rows)
@@ -92,7 +92,7 @@ def test_rows_are_their_single_runs_in_generate(name, bits):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "gemma3" else pytest.mark.slow) for n in NAMES])
 def test_greedy_tokens_at_8_bits_are_those_of_the_dense_model(name):
     """With Inductor's own kernels; a new cache and other prompts need no other graphs."""
-    model = hugging_face(name)
+    model = hugging_face(*name.split("-"))
     with packing(bits=8, inductor={}, **SMALL) as session:
         compiled = 0
         for seed in range(3):

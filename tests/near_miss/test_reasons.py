@@ -316,11 +316,86 @@ def symbolic_channels(q, k, v, keys, values, positions, mask):
     return attend(q, keys, values, mask)
 
 
+def repeated(*caches):
+    return (x.repeat_interleave(GROUPS, 1) for x in caches)
+
+
 @miss(Reason.ATTENTION_FORM)
-def spelled_out(q, k, v, keys, values, positions, mask):
+def sink(q, k, v, keys, values, positions, mask):
     write(keys, values, positions, k, v)
-    keys, values = (x.repeat_interleave(GROUPS, 1) for x in (keys, values))
-    return (q @ keys.mT).masked_fill(~mask, -1e9).softmax(-1) @ values
+    keys, values = repeated(keys, values)
+    logits = torch.cat([(q @ keys.mT).masked_fill(~mask, -1e9), q[..., :1]], -1)
+    return logits.softmax(-1)[..., :-1] @ values
+
+
+@miss(Reason.ATTENTION_FORM)
+def wrong_softmax(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    keys, values = repeated(keys, values)
+    return (q @ keys.mT).softmax(-2) @ values
+
+
+@miss(Reason.ATTENTION_FORM)
+def scaled_for_each_key(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    keys, values = repeated(keys, values)
+    return (q @ keys.mT * mask).softmax(-1) @ values
+
+
+@miss(Reason.ATTENTION_FORM)
+def squared(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    keys, values = repeated(keys, values)
+    return (q @ keys.mT).square().softmax(-1) @ values
+
+
+@miss(Reason.WEIGHTS_ESCAPE)
+def weights_returned(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    keys, values = repeated(keys, values)
+    weights = (q @ keys.mT).softmax(-1)
+    return weights @ values, weights
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES)
+def the_mask_depends_on_the_logits(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    keys, values = repeated(keys, values)
+    return torch.where(q @ keys.mT > 0, q @ keys.mT, -1e9).softmax(-1) @ values
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES)
+def the_scale_depends_on_the_cache(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    scale = keys.norm()
+    keys, values = repeated(keys, values)
+    return (q @ keys.mT / scale).softmax(-1) @ values
+
+
+@miss(Reason.NO_CACHE, among=True)
+def queries_and_keys_swapped(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    q, others = repeated(keys, v.sin())
+    return (q @ others.mT).softmax(-1) @ others
+
+
+@miss(Reason.COMPUTE_AFTER_CACHE)
+def values_scaled(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    keys, values = repeated(keys, values * 0.5)
+    return (q @ keys.mT).softmax(-1) @ values
+
+
+@miss(Reason.COMPUTE_AFTER_CACHE)
+def keys_scaled_each_by_its_own_number(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, keys * torch.arange(CHANNELS), values, mask)
+
+
+@miss(Reason.HEAD_ORDER)
+def tiled_heads_spelled_out(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return (q @ keys.repeat(1, GROUPS, 1, 1).mT).softmax(-1) @ values.repeat(1, GROUPS, 1, 1)
 
 
 @miss(Reason.ATTENTION_RANK)

@@ -301,3 +301,28 @@ def test_two_layers_are_two_sites():
     arguments = cached_arguments()
     first, second = sites(results_of(function, *arguments, arguments[3] + 1, arguments[4] + 1))
     assert len({first.key.buffer, first.value.buffer, second.key.buffer, second.value.buffer}) == 4
+
+
+def test_keys_scaled_after_the_cache_scale_the_logits():
+    def function(q, k, v, keys, values, positions, mask, how):
+        keys.index_copy_(2, positions, k * 3)  # before the cache, scaling is nothing to the attention
+        values.index_copy_(2, positions, v)
+        return F.scaled_dot_product_attention(q, (keys / 4).float() * 2, values, mask, enable_gqa=True, **how)
+
+    for how, scale in (({}, CHANNELS**-0.5), ({"scale": 0.3}, 0.3)):
+        (site,) = results_of(function, *cached_arguments(), how)
+        assert isinstance(site, Site)
+        assert site.core.scale == pytest.approx(scale / 2)
+
+
+def test_new_tokens_scaled_before_the_write_are_the_operands_of_their_attention():
+    def function(q, k, v, keys, values, positions, mask):
+        k = k * 0.5
+        keys.index_copy_(2, positions, k)
+        values.index_copy_(2, positions, v)
+        k, v = (x.repeat_interleave(GROUPS, 1) for x in (k, v))
+        return (q @ k.mT).softmax(-1) @ v
+
+    (site,) = results_of(function, *cached_arguments(4))
+    assert isinstance(site, Site)
+    assert (site.read, site.core.scale) == (None, 1.0)

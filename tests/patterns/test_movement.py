@@ -225,3 +225,17 @@ def test_until_stops_the_walk():
 def test_every_operator_of_the_table_exists(target):
     assert isinstance(target, torch._ops.OpOverload)
     assert not target._schema.is_mutable
+
+
+def test_constant_factors_are_passed_over_if_asked():
+    def function(x, y):
+        return (2 * (x.flatten(0, 1) * torch.tensor(0.5)).unflatten(0, (2, 3)) / 4 * torch.full([], 3.0)).mT
+
+    gm, result = trace(function, torch.ones(2, 3, 4, 5), torch.ones(5))
+    (source, _) = gm.graph.find_nodes(op="placeholder")
+    walk = peel(result, scaled=True)
+    assert (walk.source, walk.factor) == (source, 0.75)
+    assert walk.axes.dims == ((0,), (1,), (3,), (2,))
+    assert peel(result).source is not source
+    gm, result = trace(lambda x, y: x * y / y[0], torch.ones(4, 5), torch.ones(5))
+    assert peel(result, scaled=True) == peel(result)
