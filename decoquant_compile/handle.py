@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import GetSetDescriptorType
@@ -271,13 +270,18 @@ def _as_view(tensor: Tensor, root: Tensor) -> Tensor:
     return tensor
 
 
+def dense_shape(state: CacheState, dims: Dims) -> torch.Size:
+    """Shape of the tensor that a state stands for."""
+    sizes = (state.batch, state.heads, state.slots, state.format.head_dim)
+    return torch.Size(sizes[dims.index(i)] for i in range(4))
+
+
 def handle_of(state: CacheState, dims: Dims) -> Tensor:
     """A new handle of `state`, a contiguous tensor by its metadata; no dense memory is allocated."""
-    sizes = (state.batch, state.heads, state.slots, state.format.head_dim)
-    shape = [sizes[dims.index(i)] for i in range(4)]
+    shape = dense_shape(state, dims)
     dtype, device = state.format.dtype, state.buffer.device
     with _internal():
-        storage = _storage.released(math.prod(sizes) * dtype.itemsize, device)
+        storage = _storage.released(shape.numel() * dtype.itemsize, device)
         tensor = torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape)  # type: ignore[call-overload]
     tensor.__class__ = CacheTensor
     tensor._state, tensor._dims = state, dims

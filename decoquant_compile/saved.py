@@ -3,7 +3,6 @@
 import json
 import os
 import types
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from decoquant_compile import _storage
-from decoquant_compile.handle import Dims, handle_of, pack, settle
+from decoquant_compile.handle import Dims, dense_shape, handle_of, pack, settle
 from decoquant_compile.kernels.format import NO_EPOCH, SET, START, UNSET, Format
 from decoquant_compile.kernels.state import CacheState
+from decoquant_compile.members import members
 from decoquant_compile.takeover import holds_tensors, obstacle
 
 T = TypeVar("T")
@@ -134,9 +134,7 @@ class _Packed:
 
     @property
     def shape(self) -> torch.Size:
-        state = self.state
-        sizes = (state.batch, state.heads, state.slots, state.format.head_dim)
-        return torch.Size(sizes[self.dims.index(i)] for i in range(4))
+        return dense_shape(self.state, self.dims)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -188,21 +186,10 @@ def _places(root: object) -> Iterator[_Place]:
 def _members(name: str, item: object) -> Iterator[_Place]:
     if isinstance(item, _OPAQUE):
         return
-    nameless: object = item if isinstance(item, set | frozenset) else None
-    if isinstance(item, dict):
-        nameless = [value for key, value in item.items() if not isinstance(key, str | int)]
-        yield from (_Place(name, key, True, value) for key, value in item.items() if isinstance(key, str | int))
-    elif isinstance(item, list | tuple | deque):
-        yield from (_Place(name, index, True, value) for index, value in enumerate(item))
-    if nameless and holds_tensors(nameless):
+    found = list(members(item))
+    if (nameless := [member.value for member in found if member.key is None]) and holds_tensors(nameless):
         raise TypeError(f"a {type(item).__name__} in the cache holds tensors under no name; use strings or a list")
-    attributes = dict(getattr(item, "__dict__", {}))
-    for owner in type(item).__mro__:
-        slots = owner.__dict__.get("__slots__", ())
-        for key in (slots,) if isinstance(slots, str) else slots:
-            if key not in ("__dict__", "__weakref__") and hasattr(item, key):
-                attributes[key] = getattr(item, key)
-    yield from (_Place(name, key, False, value) for key, value in attributes.items())
+    yield from (_Place(name, key, is_item, value) for key, is_item, value in found if key is not None)
 
 
 def _layout(metadata: dict[str, str], path: Path) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Cache tensors change hands: taken over into packed states, and given back."""
 
 import types
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from decoquant_compile import _compat, _storage
 from decoquant_compile.handle import CacheTensor, Dims, pack, settle, unpack
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import CacheState
+from decoquant_compile.members import members
 
 T = TypeVar("T")
 
@@ -227,19 +228,6 @@ def _tensors(root: object) -> Iterator[Tensor]:
             found = True
             yield item
         else:
-            stack.extend(_parts(item))
+            stack.extend(member.value for member in members(item))
     if not found:
         raise TypeError(f"expected a tensor, or an object that holds tensors, got a {type(root).__name__} without any")
-
-
-def _parts(item: object) -> Iterable[Any]:
-    if isinstance(item, dict | types.MappingProxyType):
-        yield from item.values()
-    elif isinstance(item, list | tuple | set | frozenset | deque):
-        yield from item
-    yield from getattr(item, "__dict__", {}).values()
-    for owner in type(item).__mro__:
-        slots = owner.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name != "__dict__" and hasattr(item, name):
-                yield getattr(item, name)

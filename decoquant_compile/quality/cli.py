@@ -148,7 +148,7 @@ class _Run:
             add(rival.name, "emulated", "", self._emulated(f"{name}: {rival.name}", ids, rival))
         self._compare(name, ids, exact, states, rows)
         if plan.layers:
-            self._layers(name, ids)
+            self._layers(name, ids, exact)
 
     def _emulated(self, title: str, ids: Tensor, scheme: Scheme) -> Tensor:
         with self._task(f"{title}, emulated", len(ids)) as tick:
@@ -195,14 +195,14 @@ class _Run:
                 )
             )
 
-    def _layers(self, name: str, ids: Tensor) -> None:
+    def _layers(self, name: str, ids: Tensor, exact: Tensor) -> None:
         schemes: list[tuple[str, Scheme]] = [
             *((method, _ours(options, self.plan.prefills[0])) for method, options in self.plan.settings),
             *((rival.name, rival) for rival in self.plan.methods),
         ]
         for method, scheme in schemes:
             with self._task(f"{name}: {method} by layer", 2 * len(self.subject.heads) * len(ids)) as tick:
-                costs = measure.by_layer(self.subject, ids, self.plan.setting, scheme, tick)
+                costs = measure.by_layer(self.subject, ids, self.plan.setting, scheme, exact, tick)
             for cost in costs:
                 found = cost.divergence.summary()
                 self.results.layers.append(

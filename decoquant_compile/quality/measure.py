@@ -187,7 +187,7 @@ class LayerCost:
 
 
 def by_layer(
-    subject: Subject, ids: Tensor, setting: Setting, scheme: Scheme, tick: Tick = lambda: None
+    subject: Subject, ids: Tensor, setting: Setting, scheme: Scheme, reference: Tensor, tick: Tick = lambda: None
 ) -> list[LayerCost]:
     """Stores one side of one layer at a time, emulated.
 
@@ -196,6 +196,7 @@ def by_layer(
         ids: windows, ``[windows, context]``.
         setting: what is compared.
         scheme: how the one cache is held.
+        reference: states of the model as it is, of `exact`.
         tick: called after every window of every run.
 
     Returns:
@@ -209,7 +210,7 @@ def by_layer(
         )
         for name, (layer, role) in cases.items()
     }
-    found = compare(exact(subject, ids, setting), states, setting.following(ids), subject.logits, subject.vocabulary)
+    found = compare(reference, states, setting.following(ids), subject.logits, subject.vocabulary)
     return [LayerCost(*cases[name], divergence) for name, divergence in found.items()]
 
 

@@ -5,6 +5,7 @@ are made. What is compared is the output of one attention over quantised keys wi
 exact): relative squared error, after the prompt. Everything is emulated, as in `decoquant_compile.quality.emulate`.
 """
 
+import itertools
 import json
 import math
 import pathlib
@@ -84,26 +85,23 @@ def rope(x: Tensor) -> Tensor:
     return x * cosine + torch.cat((-b, a), -1) * sine
 
 
-def error(scheme: Scheme, made: Sample, prompt: int) -> float:
-    """Relative squared error of the attention's output after the prompt, keys being held by `scheme`."""
+def attend(scheme: Scheme | None, made: Sample, prompt: int) -> Tensor:
+    """The attention's output after the prompt, keys being held by `scheme`; None: exactly."""
     length = made.key.shape[2]
     mask = torch.full((length, length), -math.inf).triu(1)[None, None]
+    emulation = Emulation(scheme, prompt, roles=frozenset({"key"}))
+    return emulation.attend(torch.nn.Module(), *made, mask)[0][:, prompt:]
 
-    def attend(scheme: Scheme | None) -> Tensor:
-        emulation = Emulation(scheme, prompt, roles=frozenset({"key"}))
-        return emulation.attend(torch.nn.Module(), *made, mask)[0][:, prompt:]
 
-    exact = attend(None)
-    return float((attend(scheme) - exact).square().sum() / exact.square().sum())
+def error(got: Tensor, exact: Tensor) -> float:
+    """Relative squared error."""
+    return float((got - exact).square().sum() / exact.square().sum())
 
 
 def key_bits(scheme: Ours | Rival, tokens: int) -> float:
     """Stored bits per element of the keys of one head that holds so many tokens."""
     if isinstance(scheme, Rival):
-        side = scheme.key
-        exact = min(tokens, scheme.sinks + side.window.mean(side.codec.block))
-        bits = side.codec.nbits(tokens - exact, 1, _HEAD_DIM) + exact * 16 * _HEAD_DIM
-        return bits / (tokens * _HEAD_DIM)
+        return scheme.key.nbits(tokens, 1, _HEAD_DIM, scheme.sinks) / (tokens * _HEAD_DIM)
     options = scheme.options
     form = Format("key", int(options.bits), _HEAD_DIM, torch.bfloat16, options.sinks, options.window)
     return 8 * form.layout(1, 1, tokens).nbytes / (tokens * _HEAD_DIM)
@@ -126,17 +124,16 @@ class Row:
 
 def measure(schemes: Mapping[str, Ours | Rival], seeds: int, length: int, prompt: int) -> list[Row]:
     """A row for each scheme, by stored bits."""
-    rows: list[Row] = []
+    rows = {name: Row(name, key_bits(s, 8192), dict.fromkeys(KINDS, 0.0)) for name, s in schemes.items()}
     with Progress(transient=True) as progress:
         task = progress.add_task("attend", total=len(schemes) * len(KINDS) * seeds)
-        for name, scheme in schemes.items():
-            row = Row(name, key_bits(scheme, 8192), dict.fromkeys(KINDS, 0.0))
-            for kind in KINDS:
-                for seed in range(seeds):
-                    row.errors[kind] += error(scheme, sample(kind, length, seed), prompt) / seeds
-                    progress.advance(task)
-            rows.append(row)
-    return sorted(rows, key=lambda row: row.bits)
+        for kind, seed in itertools.product(KINDS, range(seeds)):
+            made = sample(kind, length, seed)
+            exact = attend(None, made, prompt)
+            for name, scheme in schemes.items():
+                rows[name].errors[kind] += error(attend(scheme, made, prompt), exact) / seeds
+                progress.advance(task)
+    return sorted(rows.values(), key=lambda row: row.bits)
 
 
 _METHODS: Final = (

@@ -78,6 +78,11 @@ class Side:
     codec: Codec
     window: Window = Window()
 
+    def nbits(self, tokens: int, heads: int, head_dim: int, sinks: int) -> float:
+        """Bits of a layer's keys, or values, with that many tokens, the first `sinks` of them in 16 bits."""
+        exact = min(tokens, sinks + self.window.mean(self.codec.block))
+        return self.codec.nbits(tokens - exact, heads, head_dim) + exact * 16 * heads * head_dim
+
 
 @dataclass(frozen=True)
 class Rival:
@@ -119,11 +124,8 @@ class Rival:
             key_dim: channels of a key.
             value_dim: channels of a value.
         """
-        total = 0.0
-        for side, head_dim in ((self.key, key_dim), (self.value, value_dim)):
-            exact = min(tokens, self.sinks + side.window.mean(side.codec.block))
-            total += side.codec.nbits(tokens - exact, heads, head_dim)
-            total += exact * 16 * heads * head_dim
+        sides = (self.key, key_dim), (self.value, value_dim)
+        total = sum(side.nbits(tokens, heads, head_dim, self.sinks) for side, head_dim in sides)
         return total / (tokens * heads * (key_dim + value_dim))
 
 

@@ -779,12 +779,5 @@ using namespace decoquant;
 
 // A function of Python, called with the fields of `Attend` (METH_FASTCALL). Returns a `Status` or `REFUSED`.
 extern "C" PyObject* decoquant_attend(PyObject* view, PyObject* const* arguments, int64_t) {
-  Arguments from(view, arguments);
-  Attend call;
-  int64_t status = REFUSED;
-  if (read(from, call)) {
-    const Unlocked unlocked;
-    status = attend(call);
-  }
-  return Arguments::result(status);
+  return answer<Attend, Status>(view, arguments, read, attend);
 }

@@ -85,9 +85,6 @@ class Arguments {
   bool good() const { return good_; }
   void expect(bool condition) { good_ = good_ && condition; }
 
-  // What the call returns: a number, or null with an exception set.
-  static PyObject* result(int64_t number) { return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(number); }
-
   int64_t integer() {
     PyObject* object = *next_++;
     if (!good_) return 0;
@@ -207,5 +204,20 @@ class Arguments {
   PyObject* const* next_;
   bool good_ = true;
 };
+
+// Answers a call from Python (METH_FASTCALL): reads its arguments into a `Call`, and lets other threads of Python run
+// while it works. Returns what `work` does, `REFUSED`, or null with an exception set.
+template <class Call, class Result>
+PyObject* answer(PyObject* view, PyObject* const* arguments, bool (*read)(Arguments&, Call&),
+                 Result (*work)(const Call&)) {
+  Arguments from(view, arguments);
+  Call call;
+  int64_t result = REFUSED;
+  if (read(from, call)) {
+    const Unlocked unlocked;
+    result = work(call);
+  }
+  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(result);
+}
 
 }  // namespace decoquant

@@ -791,14 +791,7 @@ bool read(Arguments& from, Store& call) {
 
 // A function of Python, called with the fields of `Store` (METH_FASTCALL). Returns what `store` does, or `REFUSED`.
 extern "C" PyObject* decoquant_store(PyObject* view, PyObject* const* arguments, int64_t) {
-  Arguments from(view, arguments);
-  Store call;
-  int64_t highest = REFUSED;
-  if (read(from, call)) {
-    const Unlocked unlocked;
-    highest = store(call);
-  }
-  return Arguments::result(highest);
+  return answer<Store, int64_t>(view, arguments, read, store);
 }
 
 }  // namespace decoquant

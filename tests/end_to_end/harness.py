@@ -9,10 +9,7 @@ from transformers import StaticCache
 
 import decoquant_compile
 from decoquant_compile import CacheTensor
-
-# Inductor calls ATen's kernels instead of generating C++: a graph compiles in a third of the time, and what is ours in
-# it (operators, aliasing, symbolic sizes, order of reads and writes) is the same. Some tests use the default.
-ATEN_KERNELS = {"fallback_by_default": True, "selective_decompose": True}
+from decoquant_compile._compat import ATEN_KERNELS
 
 NOISE = 2e-5
 

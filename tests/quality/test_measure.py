@@ -89,7 +89,7 @@ def test_an_attention_that_the_emulation_does_not_know_is_refused(subject, ids, 
 
 def test_each_side_of_each_layer_has_a_cost_below_that_of_all(subject, ids):
     scheme = rivals.parse("rtn:3")
-    costs = measure.by_layer(subject, ids, SETTING, scheme)
+    costs = measure.by_layer(subject, ids, SETTING, scheme, measure.exact(subject, ids, SETTING))
     assert [(cost.layer, cost.role) for cost in costs] == [(0, "key"), (0, "value"), (1, "key"), (1, "value")]
     all_of_them = distance(subject, ids, measure.emulate(subject, ids, SETTING, Emulation(scheme, SETTING.prompt)))
     assert all(0 < cost.divergence.kl.mean().item() < 1.2 * all_of_them for cost in costs)

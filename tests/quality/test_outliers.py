@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from decoquant_compile import Options
 from decoquant_compile.quality.emulate import Ours
-from decoquant_compile.quality.outliers import KINDS, error, key_bits, main, rope, sample
+from decoquant_compile.quality.outliers import KINDS, attend, error, key_bits, main, rope, sample
 from decoquant_compile.quality.rivals import parse
 
 
@@ -34,10 +34,11 @@ def test_rope_keeps_products_of_tokens_at_a_distance():
 @pytest.mark.parametrize("kind", KINDS)
 def test_error_falls_with_bits_and_is_zero_where_all_is_exact(kind):
     made = sample(kind, 400, 0)
-    errors = [error(Ours(Options(bits=bits), queries=True), made, 200) for bits in (8, 4, 2)]
+    exact = attend(None, made, 200)
+    errors = [error(attend(Ours(Options(bits=bits), queries=True), made, 200), exact) for bits in (8, 4, 2)]
     assert 0 < 4 * errors[0] < errors[1]
     assert 4 * errors[1] < errors[2]
-    assert error(Ours(Options(bits=2, window=400), queries=True), made, 200) == 0
+    assert error(attend(Ours(Options(bits=2, window=400), queries=True), made, 200), exact) == 0
 
 
 def test_bits_count_everything():
