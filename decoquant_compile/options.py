@@ -1,7 +1,7 @@
 """What a user can ask for: one frozen, validated `Options`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from decoquant_compile import _compat
@@ -23,6 +23,8 @@ class Options:
         sinks: tokens at the start of each sequence that stay in the cache's own dtype.
         window: newest tokens of each sequence that stay in the cache's own dtype.
         max_rewrites: rewrite at most so many attentions per graph, to bisect a wrong result; None for all.
+        averages: whether `bits` is an average, so that widths differ from cache to cache; tells 4.0, an average, from
+            the equal number 4. Not an option.
     """
 
     bits: int | float = 4
@@ -31,8 +33,10 @@ class Options:
     sinks: int = 4
     window: int = 64
     max_rewrites: int | None = None
+    averages: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "averages", _is_average(self.bits))
         for name in ("bits", "key_bits", "value_bits"):
             value = getattr(self, name)
             if value is None and name != "bits":
@@ -56,14 +60,6 @@ class Options:
         if self.window < 1:
             raise ValueError(f"window={self.window!r}: expected at least 1, the newest token is always exact")
 
-    @property
-    def averages(self) -> bool:
-        """Whether `bits` is an average, so that widths differ from cache to cache."""
-        bits = self.bits
-        if isinstance(bits, bool) or not isinstance(bits, int | float) or (isinstance(bits, int) and bits in BITS):
-            return False
-        return 2 <= bits <= 8
-
     def widths(self, holdings: Sequence[Holding]) -> list[int]:
         """Bits per stored element of each cache tensor of a model."""
         if self.averages:
@@ -74,7 +70,7 @@ class Options:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Names of all options."""
-        return tuple(f.name for f in fields(cls))
+        return tuple(f.name for f in fields(cls) if f.init)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> tuple[Self, dict[str, Any]]:
@@ -102,3 +98,9 @@ class Options:
                     "or an option of Inductor (torch._inductor.list_options())"
                 )
         return cls(**own), patches
+
+
+def _is_average(bits: object) -> bool:
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or (isinstance(bits, int) and bits in BITS):
+        return False
+    return 2 <= bits <= 8

@@ -78,3 +78,10 @@ def test_options_are_frozen_and_comparable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Options().bits = 2
     assert hash(Options(bits=2)) == hash(Options(bits=2))
+
+
+def test_an_average_is_not_the_equal_width():
+    # Equal options share a backend, and so their compiled graphs.
+    assert Options(bits=4) != Options(bits=4.0)
+    assert len({Options(bits=4), Options(bits=4.0), Options(bits=4.0)}) == 2
+    assert "averages" not in Options.names()

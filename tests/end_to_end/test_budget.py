@@ -54,3 +54,14 @@ def test_graphs_agree_on_widths_over_caches_of_other_lengths():
             held = [tensor._state for tensor in tensors(cache)]
             feed(forward, ids[:, 20:], [1] * 10, cache)
             assert [tensor._state for tensor in tensors(cache)] == held
+
+
+def test_an_average_is_met_after_the_equal_width():
+    model, ids = hugging_face("gemma3"), prompts(1, 20)
+    held = []
+    for bits in (4, 4.0):
+        with packing(bits=bits, **SMALL):
+            cache = static_cache(model)
+            feed(torch.compile(model.forward), ids, [20], cache)
+        held.append(widths(cache))
+    assert held[0] == [4, 4, 4, 4] != held[1]
