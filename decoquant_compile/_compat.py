@@ -237,24 +237,71 @@ def add_input_source(node: fx.Node, example: Tensor, name: str) -> None:
         traced.tensor_to_context[example] = context
 
 
-def size_node(graph: fx.Graph, size: torch.SymInt) -> fx.Node:
-    """A node that computes a symbolic size from the graph's inputs, at the graph's insertion point.
+def add_number_source(node: fx.Node, hint: int) -> torch.SymInt:
+    """Make the new placeholder `node` a number that differs from call to call, beside Dynamo's own inputs.
+
+    Returns:
+        The example to compile with, a symbol of its own. Nothing may guard on it: Dynamo does not know it.
+    """
+    source = SyntheticLocalSource(node.name)
+    context = TracingContext.get()
+    assert context.fake_mode is not None
+    shape_env: Any = context.fake_mode.shape_env
+    symbol = shape_env.create_symbol(hint, source, symbolic_shapes.DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+    number: torch.SymInt = shape_env.create_symintnode(symbol, hint=hint, source=source)
+    node._dynamo_source = source  # type: ignore[attr-defined]
+    node.meta["val"] = number
+    return number
+
+
+def settled(size: int | torch.SymInt) -> int | torch.SymInt:
+    """A size as a constant, if guards have made it one."""
+    return int(size.node.expr) if isinstance(size, torch.SymInt) and size.node.expr.is_number else size
+
+
+def canonical(example: T) -> T:
+    """A symbolic number as guards have made it by now; any other example as it is.
+
+    Where two symbols have become one, Inductor takes the one that is left from whichever input has it: Dynamo's own
+    number may still be the other one, and the tensor that had it may be gone from the rewritten graph.
+    """
+    if not isinstance(example, torch.SymInt) or example.node._expr == example.node.expr:
+        return example
+    return example.node.shape_env.create_symintnode(example.node.expr, hint=example.node.hint)
+
+
+def hint_of(size: int | torch.SymInt) -> int:
+    """The size that a graph was traced with."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def carriers(graph: fx.Graph) -> dict[object, fx.Node]:
+    """The inputs of a graph that carry symbols of sizes, by the symbol."""
+    found: dict[object, fx.Node] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            found.setdefault(value.node.expr, node)
+    return found
+
+
+def size_node(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node:
+    """A size as a constant, or as a node that computes it from the graph's inputs, at the graph's insertion point.
 
     Raises:
         LookupError: no input carries one of its symbols.
     """
-    carriers: dict[object, fx.Node] = {}
-    for node in graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt):
-            carriers.setdefault(value.node.expr, node)
+    size = settled(size)
+    if isinstance(size, int):
+        return size
     expr = size.node.expr
-    if expr in carriers:
-        return carriers[expr]
-    if missing := expr.free_symbols - carriers.keys():
+    inputs = carriers(graph)
+    if expr in inputs:
+        return inputs[expr]
+    if missing := expr.free_symbols - inputs.keys():
         raise LookupError(f"no input of the graph carries {', '.join(map(str, missing))} of the size {expr}")
     tracer = fx.proxy.GraphAppendingTracer(graph)
-    symbols = {symbol: fx.Proxy(carriers[symbol], tracer) for symbol in expr.free_symbols}
+    symbols = {symbol: fx.Proxy(inputs[symbol], tracer) for symbol in expr.free_symbols}
     computed: fx.Proxy = sympy_interp(PythonReferenceAnalysis, symbols, expr)
     return computed.node
 

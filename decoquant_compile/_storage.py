@@ -36,21 +36,35 @@ def is_wrapped(tensor: Tensor) -> bool:
     return bool(_compat.is_wrapped(tensor) or _compat.is_functional(tensor))
 
 
-def released(nbytes: int, device: torch.device) -> torch.UntypedStorage:
-    """A storage of `nbytes` that holds no memory.
+class Reserved:
+    """Addresses without memory, for storages of up to `nbytes`.
 
-    Writing through PyTorch raises a `RuntimeError`. Reading, which PyTorch does not check, gives NaN in every floating
-    dtype on Linux CPUs (all addresses are mapped to the same few pages of 0xFF); on other devices it is a null pointer.
+    Writing to these storages through PyTorch raises a `RuntimeError`. Reading, which PyTorch does not check, gives NaN
+    in every floating dtype on Linux CPUs (all addresses are mapped to the same few pages of 0xFF); on other devices it
+    is a null pointer.
 
     Raises:
         OSError: the address space cannot be mapped.
     """
-    if device.type == "cpu" and sys.platform == "linux":
-        storage = torch.frombuffer(_nan_pages(nbytes), dtype=torch.uint8)
-    else:
-        storage = _compat.wrapper_subclass(_Null, nbytes, device)
-    _compat.forbid_writes(storage)
-    return storage.untyped_storage()
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.nbytes, self._device = nbytes, device
+        on_pages = nbytes > 0 and device.type == "cpu" and sys.platform == "linux"
+        self._pages = _nan_pages(nbytes) if on_pages else None
+
+    def storage(self, nbytes: int) -> torch.UntypedStorage:
+        """A storage of `nbytes`, of its own, over these addresses."""
+        if self._pages is None or nbytes == 0:
+            storage = _compat.wrapper_subclass(_Null, nbytes, self._device)
+        else:
+            storage = torch.frombuffer(self._pages, dtype=torch.uint8, count=nbytes)
+        _compat.forbid_writes(storage)
+        return storage.untyped_storage()
+
+
+def released(nbytes: int, device: torch.device) -> torch.UntypedStorage:
+    """A storage of `nbytes` that holds no memory, as of `Reserved`."""
+    return Reserved(nbytes, device).storage(nbytes)
 
 
 def zeros(nbytes: int, device: torch.device) -> torch.UntypedStorage:

@@ -12,13 +12,15 @@ from torch import Tensor, fx
 
 from decoquant_compile import _compat
 from decoquant_compile.allocate import Holding
-from decoquant_compile.handle import CacheTensor, Dims, state_of
+from decoquant_compile.handle import CacheTensor, Dims, format_of
 from decoquant_compile.kernels.codec import Role
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.normalize import Normal, normalise, records_gradients, unsupported
 from decoquant_compile.options import Options
+from decoquant_compile.patterns.cache import CacheWrite
 from decoquant_compile.patterns.match import Site, match
 from decoquant_compile.patterns.reject import Reject
+from decoquant_compile.patterns.symbols import shape
 from decoquant_compile.report import Finding, GraphReport, Untouched
 from decoquant_compile.rewrite import rewrite
 from decoquant_compile.runtime import DenseGraph, PackedGraph, announce
@@ -139,7 +141,7 @@ def _decide(
     if isinstance(result, Reject):
         return Finding.of(result, ""), None
     key, value = next(formats)
-    source = normal.source(result.key.buffer)
+    source = "" if result.key.born else normal.source(result.key.buffer)
     if options.max_rewrites is not None and done >= options.max_rewrites:
         why = f"max_rewrites={options.max_rewrites}"
         return replace(Finding.of(result, source, why), outcome="MAX_REWRITES"), None
@@ -151,19 +153,20 @@ def _formats(
 ) -> Iterator[tuple[Format, Format]]:
     """Packed formats of the keys and values of each site: those they are held in already, else as the options say."""
     roles: tuple[Role, Role] = ("key", "value")
-    caches: list[tuple[Role, Tensor, Dims]] = []
+    caches: list[tuple[Role, CacheWrite, Dims]] = []
     for site in sites:
-        for role, write in zip(roles, (site.key, site.value), strict=True):
-            caches.append((role, example_inputs[normal.placeholders.index(write.buffer)], site.dims))
-    widths = options.widths([Holding(role, math.prod(tensor.shape)) for role, tensor, _ in caches])
+        caches += [(role, write, site.dims) for role, write in zip(roles, (site.key, site.value), strict=True)]
+    holdings = [Holding(role, math.prod(map(_compat.hint_of, shape(write.cache)))) for role, write, _ in caches]
 
-    def choose(role: Role, tensor: Tensor, dims: Dims, bits: int) -> Format:
-        state = state_of(tensor, dims)
-        if state is not None and state.format.role == role:
-            return state.format
-        return Format(role, bits, tensor.shape[dims[3]], tensor.dtype, options.sinks, options.window)
+    def choose(role: Role, write: CacheWrite, dims: Dims, bits: int) -> Format:
+        if not write.born:
+            held = format_of(example_inputs[normal.placeholders.index(write.buffer)], dims)
+            if held is not None and held.role == role:
+                return held
+        cache = write.cache.meta["val"]
+        return Format(role, bits, cache.shape[dims[3]], cache.dtype, options.sinks, options.window)
 
-    chosen = [choose(*cache, bits) for cache, bits in zip(caches, widths, strict=True)]
+    chosen = [choose(*cache, bits) for cache, bits in zip(caches, options.widths(holdings), strict=True)]
     return zip(chosen[::2], chosen[1::2], strict=True)
 
 
@@ -184,13 +187,15 @@ def _packed(
     rewritten = rewrite(normal, [site for site, _ in plans], [formats for _, formats in plans])
     log.debug("rewritten graph:\n%s", rewritten.gm.graph)
     _compat.trace_artifact("rewritten", lambda: str(rewritten.gm.graph))
-    inputs = [*(example_inputs[i] for i in rewritten.kept), *rewritten.examples]
+    inputs = [*(_compat.canonical(example_inputs[i]) for i in rewritten.kept), *rewritten.examples]
     fn = _compat.compile_fx(rewritten.gm, inputs, config_patches=patches)
-    bound = {binding.index for binding in rewritten.bindings}
+    bound = {binding.index for binding in rewritten.bindings if binding.index is not None}
     handles = tuple(
         at for at, i in enumerate(rewritten.kept) if isinstance(example_inputs[i], CacheTensor) and i not in bound
     )
-    return PackedGraph(fn, rewritten.kept, handles, rewritten.bindings, rewritten.probe, report, gm, patches)
+    return PackedGraph(
+        fn, rewritten.kept, handles, rewritten.bindings, rewritten.probe, rewritten.sizes, report, gm, patches
+    )
 
 
 def _untouched(

@@ -5,14 +5,18 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import GetSetDescriptorType
 from typing import Any, TypeAlias, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from decoquant_compile import _compat, _storage
-from decoquant_compile.kernels.state import CacheState
+from decoquant_compile.kernels.format import Format
+from decoquant_compile.kernels.state import CacheState, GrowingState
+from decoquant_compile.kernels.tiles import TILE
 
 Dims: TypeAlias = tuple[int, int, int, int]
 """Which dimension of a tensor is batch, head, slot and channel: ``tensor.permute(dims)`` is [B, H, S, D]."""
@@ -35,7 +39,9 @@ class CacheTensor(Tensor):
     """
 
     _state: CacheState | None = None
-    """Packed content; None for a view."""
+    """Packed content; None for a view. A `GrowingState` may be that of many handles, each a stretch of its slots."""
+    _first: int = 0
+    """Slot, in a `GrowingState`, of the first token."""
     _dims: Dims = (0, 1, 2, 3)
     _root: Tensor | None = None
     """The cache tensor that a view looks into: a handle, or plain again after `restore`."""
@@ -66,20 +72,19 @@ class CacheTensor(Tensor):
         if self._root is not None:
             transients = Transients()
             target = transients.lower(self)
-            with _internal():
+            with internal():
                 target.copy_(torch.where(_bits(before) != _bits(after), after.detach(), target))
             transients.commit()
             return
-        state = self._state
-        assert state is not None
-        with _internal():
+        state = _own(self)
+        with internal():
             after = after.detach().permute(self._dims)
             changed = (_bits(after) != _bits(before.permute(self._dims))).any(-1).any(1)  # [B, S]
             positions = changed.any(0).nonzero()[:, 0]
             if len(positions):
                 rows = changed[:, positions]
                 new = after.index_select(2, positions)
-                state.write(new, positions, rows=None if bool(rows.all()) else rows)
+                state.write(new, positions + self._first, rows=None if bool(rows.all()) else rows)
 
     def set_(self, *_args: Any, **_kwargs: Any) -> Any:
         """Refused, as all that needs the memory; PyTorch does not pass it to `__torch_function__`."""
@@ -126,21 +131,89 @@ def pack(tensor: Tensor, state: CacheState, dims: Dims, storage: torch.UntypedSt
 
 
 def state_of(tensor: object, dims: Dims) -> CacheState | None:
-    """The packed content of a whole handle whose dimensions have the roles `dims`; None for anything else."""
-    if not isinstance(tensor, CacheTensor) or tensor._state is None:
+    """The packed content of a whole handle whose dimensions have the roles `dims`; None for anything else.
+
+    What a `GrowingState` holds is never the content of one handle alone: see `stretch_of`.
+    """
+    if not isinstance(tensor, CacheTensor) or tensor._state is None or isinstance(tensor._state, GrowingState):
         return None
-    same = tensor._dims == dims or all(
-        mine == theirs or tensor.shape[mine] == tensor.shape[theirs] == 1
-        for mine, theirs in zip(tensor._dims, dims, strict=True)
+    return tensor._state if _same_dims(tensor, tensor._dims, dims) else None
+
+
+def _same_dims(tensor: Tensor, ours: Dims, theirs: Dims) -> bool:
+    return ours == theirs or all(
+        a == b or tensor.shape[a] == tensor.shape[b] == 1 for a, b in zip(ours, theirs, strict=True)
     )
-    return tensor._state if same else None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What a handle shows of a growing cache: the slots ``[first, first + length)`` of `state`."""
+
+    state: GrowingState
+    first: int
+    length: int
+
+
+def stretch_of(tensor: object, dims: Dims) -> Stretch | None:
+    """The stretch that a handle, or a view that only cuts off slots, shows of a growing cache; None for anything else.
+
+    Args:
+        tensor: anything.
+        dims: which of its dimensions is batch, head, slot, channel.
+    """
+    if not settle(tensor):
+        return None
+    root = tensor if tensor._root is None else tensor._root
+    if not isinstance(root, CacheTensor) or not isinstance(root._state, GrowingState):
+        return None
+    if tensor.dim() != 4 or not _same_dims(tensor, root._dims, dims):
+        return None
+    slot = dims[2]
+    with _compat.no_subclass_dispatch():
+        length, step = tensor.shape[slot], root.stride(slot)
+        skipped, rest = divmod(tensor.storage_offset(), step)
+        whole = all(tensor.shape[d] == root.shape[d] for d in range(4) if d != slot)
+        in_place = all(tensor.stride(d) == root.stride(d) for d in range(4) if tensor.shape[d] > 1)
+        if tensor.dtype != root.dtype or rest or not whole or not in_place or skipped + length > root.shape[slot]:
+            return None
+    return Stretch(root._state, root._first + skipped, length)
+
+
+def format_of(tensor: object, dims: Dims) -> Format | None:
+    """The format that a handle, or a view of a growing one, is held in; None for anything else."""
+    held = state_of(tensor, dims) or stretch_of(tensor, dims)
+    if held is None:
+        return None
+    return held.state.format if isinstance(held, Stretch) else held.format
+
+
+def _own(handle: CacheTensor) -> CacheState:
+    """The state of a whole handle, to write to: a growing one is copied, since other handles may show it too."""
+    state = handle._state
+    assert state is not None
+    if isinstance(state, GrowingState):
+        stretch = stretch_of(handle, handle._dims)
+        assert stretch is not None
+        state = state.section(stretch.first, stretch.first + stretch.length, 0)
+        handle._state, handle._first = state, stretch.first % TILE
+    return state
+
+
+def _content(root: CacheTensor) -> Tensor:
+    """What a whole handle shows, [batch, heads, slots, channels]."""
+    state = root._state
+    assert state is not None
+    with _compat.no_subclass_dispatch():
+        length = root.shape[root._dims[2]]
+    return state.read()[:, :, root._first : root._first + length]
 
 
 def unpack(handle: CacheTensor) -> None:
     """Make a handle a plain tensor with its present content again; for a view, make its root one too."""
     root = handle if handle._root is None else handle._root
     if isinstance(root, CacheTensor):
-        with _internal():
+        with internal():
             _give_memory(root, root.dense().untyped_storage())
     if root is not handle:
         settle(handle)
@@ -149,7 +222,7 @@ def unpack(handle: CacheTensor) -> None:
 def _give_memory(root: CacheTensor, storage: torch.UntypedStorage) -> None:
     with _compat.no_subclass_dispatch():
         _storage.exchange(root, storage)
-    for name in ("_state", "_dims", "dense_calls"):
+    for name in ("_state", "_first", "_dims", "dense_calls"):
         root.__dict__.pop(name, None)
     root.__class__ = Tensor  # type: ignore[assignment]
 
@@ -196,9 +269,9 @@ class Transients:
 
     def _read(self, root: CacheTensor) -> Tensor:
         assert root._state is not None
-        with _internal():  # a transient of inference mode would not count its versions
+        with internal():  # a transient of inference mode would not count its versions
             order = [root._dims.index(i) for i in range(4)]
-            dense = root._state.read().permute(order).contiguous()
+            dense = _content(root).permute(order).contiguous()
             if dense.is_inference() or _compat.storage_id(dense) == _compat.storage_id(root._state.buffer):
                 dense = dense.clone()
         self._roots[_compat.storage_id(dense)] = (root, dense, _compat.version(dense))
@@ -245,7 +318,7 @@ class Transients:
 
 def _store(root: CacheTensor, dense: Tensor) -> None:
     """Make `dense` the content of a whole handle."""
-    with _internal():
+    with internal():
         if bool(dense.any()):
             root.store_changes(root.dense(), dense)
         else:
@@ -254,7 +327,7 @@ def _store(root: CacheTensor, dense: Tensor) -> None:
 
 def _alias(base: Tensor, like: Tensor) -> Tensor:
     """The view of contiguous `base` that lies in its memory as `like` lies in that of its own base."""
-    with _compat.no_subclass_dispatch(), _internal():
+    with _compat.no_subclass_dispatch(), internal():
         flat = base.view(-1)
         if like.dtype != base.dtype:
             flat = flat.view(like.dtype)
@@ -270,27 +343,46 @@ def _as_view(tensor: Tensor, root: Tensor) -> Tensor:
     return tensor
 
 
-def dense_shape(state: CacheState, dims: Dims) -> torch.Size:
-    """Shape of the tensor that a state stands for."""
-    sizes = (state.batch, state.heads, state.slots, state.format.head_dim)
+def dense_shape(state: CacheState, dims: Dims, length: int | None = None) -> torch.Size:
+    """Shape of the tensor that a state, or `length` slots of a growing one, stands for."""
+    sizes = (state.batch, state.heads, state.slots if length is None else length, state.format.head_dim)
     return torch.Size(sizes[dims.index(i)] for i in range(4))
 
 
-def handle_of(state: CacheState, dims: Dims) -> Tensor:
-    """A new handle of `state`, a contiguous tensor by its metadata; no dense memory is allocated."""
-    shape = dense_shape(state, dims)
+def handle_of(state: CacheState, dims: Dims, first: int = 0, length: int | None = None) -> Tensor:
+    """A new handle, a contiguous tensor by its metadata; no dense memory is allocated.
+
+    Args:
+        state: its content.
+        dims: which of its dimensions is to be batch, head, slot, channel.
+        first: with a growing state, the slot of its first token.
+        length: with a growing state, the number of its slots.
+    """
+    shape = dense_shape(state, dims, length)
     dtype, device = state.format.dtype, state.buffer.device
-    with _internal():
-        storage = _storage.released(shape.numel() * dtype.itemsize, device)
+    with internal():
+        storage = _reserved(state, device).storage(shape.numel() * dtype.itemsize)
         tensor = torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape)  # type: ignore[call-overload]
     tensor.__class__ = CacheTensor
-    tensor._state, tensor._dims = state, dims
+    tensor._state, tensor._dims, tensor._first = state, dims, first
     handle: Tensor = tensor
     return handle
 
 
+_RESERVED: WeakKeyDictionary[CacheState, _storage.Reserved] = WeakKeyDictionary()
+
+
+def _reserved(state: CacheState, device: torch.device) -> _storage.Reserved:
+    """Addresses for the handles of a state: to map them anew for each handle of a growing cache would take long."""
+    nbytes = dense_shape(state, (0, 1, 2, 3)).numel() * state.format.dtype.itemsize
+    reserved = _RESERVED.get(state)
+    if reserved is None or reserved.nbytes < nbytes:
+        reserved = _RESERVED[state] = _storage.Reserved(nbytes, device)
+    return reserved
+
+
 @contextlib.contextmanager
-def _internal() -> Iterator[None]:
+def internal() -> Iterator[None]:
     """Run our own tensor work as plain eager code, whatever modes and transforms the caller is in."""
     with (
         torch.inference_mode(False),
@@ -356,6 +448,10 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
                 result = _try(special, args, kwargs)
                 if result is not NotImplemented:
                     return result
+    elif func in JOINS and _compat.fake_mode() is None and not _compat.in_transform():
+        result = _try(JOINS[func], args, kwargs)
+        if result is not NotImplemented:
+            return result
     transients = Transients()
     args, kwargs = _compat.tree_map(transients.lower, (args, kwargs))
     result = func(*args, **kwargs)
@@ -398,10 +494,15 @@ def _selection(handle: CacheTensor, index: object) -> Any:
         return NotImplemented
     if index.dtype not in (torch.int64, torch.int32) or index.device != handle.device:
         return NotImplemented
-    with _internal():
+    with internal():
         if int(index.min()) < 0 or int(index.max()) >= state.batch:
             return NotImplemented
-        return handle_of(state.select(index.long()), handle._dims)
+        if (stretch := stretch_of(handle, handle._dims)) is None:
+            return handle_of(state.select(index.long()), handle._dims)
+        growing, first = stretch.state, stretch.first
+        if growing.end != first + stretch.length:  # what others have appended since is not part of it
+            growing, first = growing.section(first, first + stretch.length, 0), first % TILE
+        return handle_of(growing.select(index.long()), handle._dims, first, stretch.length)
 
 
 def _zero_(handle: CacheTensor) -> Any:
@@ -418,16 +519,14 @@ def _copy_(handle: CacheTensor, source: object, non_blocking: bool = False) -> A
     trailing = zip(reversed(dense.shape), reversed(handle.shape), strict=False)
     if dense.dim() > handle.dim() or any(n not in (1, m) for n, m in trailing):
         return NotImplemented
-    with _internal():
+    with internal():
         _store(handle, dense.to(handle.device, handle.dtype, non_blocking=non_blocking).expand(handle.shape))
     return handle
 
 
 def _index_copy_(handle: CacheTensor, dim: int, index: object, source: object) -> Any:
-    state = handle._state
     if _whole(handle, dim) != 2 or not isinstance(source, Tensor) or not isinstance(index, Tensor):
         return NotImplemented
-    assert state is not None
     shape = list(handle.shape)
     shape[dim] = index.numel()
     if index.dim() != 1 or index.numel() == 0 or index.dtype != torch.int64 or source.requires_grad:
@@ -440,10 +539,11 @@ def _index_copy_(handle: CacheTensor, dim: int, index: object, source: object) -
         return NotImplemented
     new: Tensor = Transients().lower(source)
     positions: Tensor = Transients().lower(index)
-    with _internal():
-        if int(positions.min()) < 0 or int(positions.max()) >= state.slots:
+    with internal():
+        if int(positions.min()) < 0 or int(positions.max()) >= handle.shape[dim]:
             return NotImplemented
-        state.write(new.permute(handle._dims), positions)
+        state = _own(handle)
+        state.write(new.permute(handle._dims), positions + handle._first)
     return handle
 
 
@@ -471,7 +571,9 @@ def _repeat_interleave(
 def _clone(handle: CacheTensor, *, memory_format: torch.memory_format = torch.preserve_format) -> Any:
     if handle._state is None or memory_format not in (torch.preserve_format, torch.contiguous_format):
         return NotImplemented
-    with _internal():
+    with internal():
+        if (stretch := stretch_of(handle, handle._dims)) is not None:  # whoever writes to it copies it first
+            return handle_of(stretch.state, handle._dims, stretch.first, stretch.length)
         return handle_of(handle._state.clone(), handle._dims)
 
 
@@ -484,7 +586,7 @@ def _deepcopy(handle: CacheTensor, memo: dict[int, Any]) -> Any:
     else:
         result = _clone(handle)
     memo[id(handle)] = result
-    own = ("_state", "_dims", "_root")
+    own = ("_state", "_first", "_dims", "_root")
     result.__dict__.update({k: copy.deepcopy(v, memo) for k, v in handle.__dict__.items() if k not in own})
     return result
 
@@ -530,6 +632,9 @@ def _functions(names: str) -> set[Callable[..., Any]]:
 
 
 _TENSOR_PROPERTIES = {"_base", "data", "real", "imag", "T", "H", "mT", "mH"}
+
+JOINS: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""Functions of a sequence of tensors that do better than to read all of them; `NotImplemented` if they cannot."""
 
 # Need no content.
 _METADATA = (

@@ -73,6 +73,10 @@ class Normal:
         """What the graph returns to its caller: nodes and constants. A written input among them stands for itself."""
         return self._returned[1]
 
+    @outputs.setter
+    def outputs(self, outputs: tuple[Any, ...]) -> None:
+        self._output.args = ((self._returned[0], outputs),)
+
     @staticmethod
     def source(placeholder: fx.Node) -> str:
         """How Dynamo names an input, such as `L['cache'].layers[0].keys`; "" where it has no name."""

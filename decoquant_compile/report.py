@@ -108,7 +108,6 @@ class TakenOver:
         source: the tensor as Dynamo names it.
         role: "key" or "value".
         bits: bits per stored element.
-        dense_bytes: bytes of the storage that was released.
         state: the packed state, while it lives.
         filled: it held tokens before, written by eager code; so its first fit saw no queries.
     """
@@ -116,9 +115,14 @@ class TakenOver:
     source: str
     role: str
     bits: int
-    dense_bytes: int
     state: weakref.ref[CacheState]
     filled: bool = False
+
+    @property
+    def dense_bytes(self) -> int | None:
+        """Bytes of the dense tensor that is not there; None once the cache is gone."""
+        state = self.state()
+        return None if state is None else state.dense_nbytes
 
     @property
     def packed_bytes(self) -> int | None:
@@ -150,8 +154,8 @@ class Report:
 
     def bytes(self) -> tuple[int, int]:
         """(dense bytes released, packed bytes held) of the caches that are still alive."""
-        live = [(c.dense_bytes, c.packed_bytes) for c in self.caches]
-        return sum(d for d, p in live if p is not None), sum(p for _, p in live if p is not None)
+        states = [state for c in self.caches if (state := c.state()) is not None]
+        return sum(s.dense_nbytes for s in states), sum(s.nbytes for s in states)
 
     def __rich__(self) -> RenderableType:
         table = Table(title="attention in the compiled graphs", title_justify="left")

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -26,16 +27,23 @@ class Binding:
     """One cache tensor that a rewritten graph stores to.
 
     Attributes:
-        index: position among the inputs that Dynamo passes.
+        index: position among the inputs that Dynamo passes; None: the graph creates the cache.
         source: the tensor as Dynamo names it.
         dims: which of its dims is batch, head, slot, channel.
         format: how its state is packed.
+        device: where it is.
+        outputs: positions among the graph's results that are to be a handle of the cache after the call; () for a cache
+            that is written in place.
+        grows: the state is a growing one, and the result a stretch of it.
     """
 
-    index: int
+    index: int | None
     source: str
     dims: tuple[int, int, int, int]
     format: Format
+    device: torch.device
+    outputs: tuple[int, ...] = ()
+    grows: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,23 +66,47 @@ class Probe:
     first: tuple[int | None, ...]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of a call that follow from the sizes of its inputs.
+
+    Attributes:
+        graph: computes the `outputs` that are not constant from some of Dynamo's inputs; None if all are.
+        inputs: positions of its inputs among those that Dynamo passes.
+        values: for each binding whose cache is returned, its batch, its heads, the tokens of the call and the slots of
+            the result: constants, or the number of an output in brackets.
+    """
+
+    graph: fx.GraphModule | None
+    inputs: tuple[int, ...]
+    values: tuple[tuple[int | tuple[int], ...], ...]
+
+    def __call__(self, args: Sequence[Any]) -> list[tuple[int, ...]]:
+        """The numbers of each binding, () for one whose cache is not returned."""
+        outputs = () if self.graph is None else self.graph(*(args[i] for i in self.inputs))
+        return [tuple(x if isinstance(x, int) else outputs[x[0]] for x in row) for row in self.values]
+
+
 @dataclass
 class Rewritten:
     """A graph on packed state.
 
     Attributes:
-        gm: ready for Inductor; its inputs are Dynamo's inputs `kept`, then one state buffer for each binding.
+        gm: ready for Inductor; its inputs are Dynamo's inputs `kept`, then one state buffer for each binding, then, for
+            each pair of bindings that grow, the slots of their states and the first slot of what the inputs show.
         kept: positions, among Dynamo's inputs, of those that the graph still takes.
-        bindings: the cache tensors, in the order of the state buffers.
-        examples: example buffers for the compiler.
+        bindings: the cache tensors, in the order of the state buffers: keys and values in turn.
+        examples: example buffers and numbers for the compiler.
         probe: what takeover needs to know.
+        sizes: of the caches that are returned.
     """
 
     gm: fx.GraphModule
     kept: tuple[int, ...]
     bindings: tuple[Binding, ...]
-    examples: tuple[Tensor, ...]
+    examples: tuple[Tensor | torch.SymInt, ...]
     probe: Probe
+    sizes: Sizes
 
 
 def rewrite(normal: Normal, sites: Sequence[Site], formats: Sequence[tuple[Format, Format]]) -> Rewritten:
@@ -97,6 +129,8 @@ class _Rewriter:
     bindings: list[Binding] = field(default_factory=list)
     states: list[fx.Node] = field(default_factory=list)
     examples: list[Tensor] = field(default_factory=list)
+    rooms: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # by the key cache: its numbers
+    numbers: list[torch.SymInt] = field(default_factory=list)
     wanted: list[tuple[Int | None, fx.Node | None, Int]] = field(default_factory=list)
     replaced: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
 
@@ -111,38 +145,83 @@ class _Rewriter:
             self._note(site)
             self._bind(site.key, site.dims, key_format)
             self._bind(site.value, site.dims, value_format)
+        for site in sites:
+            if site.key.grows:
+                self._make_room(site.key)
         # Before the writes go: the probe copies nodes of the graph as it came.
         probe = _probe(self.normal.gm, inputs, self.wanted)
+        sizes = self._sizes(inputs, sites)
         for number, (site, pair) in enumerate(zip(sites, formats, strict=True)):
             self._replace(site, self.states[2 * number], self.states[2 * number + 1], *pair)
         for old, new in self.replaced:  # last: one attention may be the operand of another
             old.replace_all_uses_with(new)
             self.graph.erase_node(old)
-        held = {write.buffer for site in sites for write in (site.key, site.value)}
+        held = {write.cache for site in sites for write in (site.key, site.value)}
         self.normal.mutations = [(value, target) for value, target in self.normal.mutations if target not in held]
+        self.normal.outputs = tuple(None if x in held else x for x in self.normal.outputs)
         for node in self.graph.find_nodes(op="call_function", target=aten.view.default):
             # A view was chosen for the strides of an operand that may be another now.
             node.target = aten.reshape.default
         gm = finish(self.normal)
         for node in gm.graph.find_nodes(op="placeholder"):
-            if not node.users and node in {inputs[b.index] for b in self.bindings}:
+            if not node.users and node in {inputs[b.index] for b in self.bindings if b.index is not None}:
                 gm.graph.erase_node(node)
         gm.recompile()
         left = gm.graph.find_nodes(op="placeholder")
-        kept = tuple(inputs.index(node) for node in left if node not in self.states)
-        return Rewritten(gm, kept, tuple(self.bindings), tuple(self.examples), probe)
+        kept = tuple(inputs.index(node) for node in left if node in inputs)
+        examples = (*self.examples, *self.numbers)
+        return Rewritten(gm, kept, tuple(self.bindings), examples, probe, sizes)
 
     def _bind(self, write: CacheWrite, dims: tuple[int, int, int, int], format_: Format) -> None:
-        index = self.normal.placeholders.index(write.buffer)
+        index = None if write.born else self.normal.placeholders.index(write.buffer)
+        outputs = [i for i, x in enumerate(self.normal.outputs) if write.returned and x is write.value]
+        device = write.cache.meta["val"].device
         last = self.graph.find_nodes(op="placeholder")[-1]
         number = len(self.states)
         with self.graph.inserting_after(last):
             state = self.graph.placeholder(f"decoquant_state_{number}")
-        example = torch.empty(_EXAMPLE_BYTES + 64 * number, dtype=torch.uint8, device=write.buffer.meta["val"].device)
+        example = torch.empty(_EXAMPLE_BYTES + 64 * number, dtype=torch.uint8, device=device)
         _compat.add_input_source(state, example, state.name)
         self.states.append(state)
         self.examples.append(example)
-        self.bindings.append(Binding(index, self.normal.source(write.buffer), dims, format_))
+        source = "" if write.born else self.normal.source(write.buffer)
+        self.bindings.append(Binding(index, source, dims, format_, device, tuple(outputs), write.grows))
+
+    def _make_room(self, write: CacheWrite) -> None:
+        """Add the inputs that tell where the tokens of a growing cache stand."""
+        nodes = []
+        for name in ("slots", "first"):
+            last = self.graph.find_nodes(op="placeholder")[-1]
+            with self.graph.inserting_after(last):
+                node = self.graph.placeholder(f"decoquant_{name}_{len(self.numbers)}")
+            # No two alike: these hints only name symbols.
+            self.numbers.append(_compat.add_number_source(node, _EXAMPLE_BYTES + 64 * len(self.numbers) + 7))
+            nodes.append(node)
+        self.rooms[write.cache] = (nodes[0], nodes[1])
+
+    def _sizes(self, inputs: Sequence[fx.Node], sites: Sequence[Site]) -> Sizes:
+        """What has to be known of each returned cache before and after a call."""
+        outputs: list[fx.Node] = []
+        rows: list[tuple[int | tuple[int], ...]] = []
+        for site in sites:
+            for write in (site.key, site.value):
+                cache, new = shape(write.cache), shape(write.new)
+                batch, heads, slot, _ = site.dims
+                row: list[int | tuple[int]] = []
+                for size in (cache[batch], cache[heads], new[slot], cache[slot]) if write.returned else ():
+                    with self.graph.inserting_before(self.graph.output_node()):
+                        number = _compat.size_node(self.graph, size)
+                    if isinstance(number, int):
+                        row.append(number)
+                        continue
+                    if number not in outputs:
+                        outputs.append(number)
+                    row.append((outputs.index(number),))
+                rows.append(tuple(row))
+        if not outputs:
+            return Sizes(None, (), tuple(rows))
+        graph, taken = _cut(self.normal.gm, inputs, outputs)
+        return Sizes(graph, taken, tuple(rows))
 
     def _full_mask(self, site: Site) -> Site:
         """The site with a mask of 4 dims, as the operators and the takeover expect; a graph's own may have fewer."""
@@ -172,13 +251,12 @@ class _Rewriter:
         core = site.core
         with self.graph.inserting_before(_after_all(site)):
             key, value = self._tokens(site.key, site.dims), self._tokens(site.value, site.dims)
-            key_slots = self._size(site.key.buffer, site.dims[2])
-            value_slots = self._size(site.value.buffer, site.dims[2])
             tokens = self._size(key, 2)
             length = self._size(core.key, 2)
-            first: Int = site.read.first if site.read is not None else 0
+            key_slots, first = self._place(site.key, site)
+            value_slots, _ = self._place(site.value, site)
             mask = self._mask(site, length)
-            stored, shift = self._placing(site.key, tokens, key_slots, key)
+            stored, shift = self._placing(site.key, tokens, key_slots, first, key)
             column = self._column(site, self._sub(key_slots, tokens), shift)
             real = None if column is None else mask
 
@@ -198,7 +276,7 @@ class _Rewriter:
             if appended:  # the attention sees the cache as it was
                 held = site.key.kept
                 assert held is not None
-                attend(self._arange(held, self._add(held, tokens), key))
+                attend(stored if site.key.grows else self._arange(held, tokens, key))
             store(key_state, key, core.query, key_slots, key_format)
             store(value_state, value, None, value_slots, value_format)
             if site.read is not None and not appended:
@@ -206,7 +284,7 @@ class _Rewriter:
 
     def _tokens(self, write: CacheWrite, dims: tuple[int, int, int, int]) -> fx.Node:
         """The new tokens as the cache would hold them: its dtype, [batch, heads, tokens, channels]."""
-        new, dtype = write.new, write.buffer.meta["val"].dtype
+        new, dtype = write.new, write.cache.meta["val"].dtype
         if new.meta["val"].dtype != dtype:
             new = self.graph.call_function(aten.to.dtype, (new, dtype))
             new.meta["val"] = write.new.meta["val"].to(dtype)
@@ -216,7 +294,17 @@ class _Rewriter:
             new.meta["val"] = value.permute(dims)
         return new
 
-    def _placing(self, write: CacheWrite, tokens: Int, slots: Int, like: fx.Node) -> tuple[fx.Node, Int]:
+    def _place(self, write: CacheWrite, site: Site) -> tuple[Int, Int]:
+        """Slots of a state, and which of them is the first key of the attention."""
+        first: Int = site.read.first if site.read is not None else 0
+        if not write.grows:
+            return self._size(write.cache, site.dims[2]), first
+        slots, shown = self.rooms[site.key.cache]
+        return slots, self._add(shown, first)
+
+    def _placing(
+        self, write: CacheWrite, tokens: Int, slots: Int, first: Int, like: fx.Node
+    ) -> tuple[fx.Node, Int]:
         """Slots that the new tokens take, after the cache has moved left by the second value."""
         if write.positions is not None:
             positions = write.positions
@@ -224,9 +312,11 @@ class _Rewriter:
                 positions = self.graph.call_function(aten.remainder.Scalar, (positions, slots))
             return positions, 0
         if write.start is not None:
-            return self._arange(write.start, self._add(write.start, tokens), like), 0
+            return self._arange(write.start, tokens, like), 0
         assert write.kept is not None
-        return self._arange(self._sub(slots, tokens), slots, like), self._sub(self._add(write.kept, tokens), slots)
+        if write.grows:
+            return self._arange(self._add(first, write.kept), tokens, like), 0
+        return self._arange(self._sub(slots, tokens), tokens, like), self._sub(self._add(write.kept, tokens), slots)
 
     def _column(self, site: Site, tail: Int, shift: Int) -> Int | None:
         """Slot, after the write, of the mask's first column; None where it is not known before the graph runs.
@@ -236,6 +326,8 @@ class _Rewriter:
             tail: slot of the first new token where the new tokens are the last of the cache.
             shift: how far the write moves the cache to the left.
         """
+        if site.key.grows:
+            return self._place(site.key, site)[1] if site.read is not None else None
         if site.read is not None:
             return site.read.first if site.read.after_write else self._sub(site.read.first, shift)
         if site.key.kept is not None:
@@ -252,19 +344,18 @@ class _Rewriter:
         rows = self.graph.call_function(aten.view.default, (rows, [1, 1, -1, 1]))
         return self.graph.call_function(aten.le.Tensor, (columns, rows))
 
-    def _arange(self, start: Int, end: Int, like: fx.Node) -> fx.Node:
-        device = like.meta["val"].device
-        return self.graph.call_function(
-            aten.arange.start, (start, end), {"dtype": torch.int64, "device": device, "pin_memory": False}
-        )
+    def _arange(self, start: Int, count: Int, like: fx.Node) -> fx.Node:
+        """``[start, start + count)``, without a guard on `start`."""
+        options = {"dtype": torch.int64, "device": like.meta["val"].device, "pin_memory": False}
+        run = self.graph.call_function(aten.arange.start, (0, count), options)
+        return run if start == 0 else self.graph.call_function(aten.add.Tensor, (run, start))
 
     def _size(self, node: fx.Node, dim: int) -> Int:
         """A size as a constant, or computed from the inputs that carry its symbols.
 
         Not read off the node: that would keep the dense operand alive.
         """
-        size = shape(node)[dim]
-        return size if isinstance(size, int) else _compat.size_node(self.graph, size)
+        return _compat.size_node(self.graph, shape(node)[dim])
 
     def _add(self, a: Int, b: Int) -> Int:
         return self._fold(operator.add, a, b)
@@ -304,8 +395,8 @@ _HEAVY = {
 _PROBE_NODES = 512
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node] | None:
-    """All nodes that `node` is computed from, itself included; None where that is the work of a model."""
+def _is_heavy(node: fx.Node) -> bool:
+    """Whether computing a node is the work of a model."""
     seen: set[fx.Node] = set()
     todo = [node]
     while todo:
@@ -313,10 +404,10 @@ def _ancestors(node: fx.Node) -> set[fx.Node] | None:
         if n in seen:
             continue
         if n.target in _HEAVY or len(seen) > _PROBE_NODES:
-            return None
+            return True
         seen.add(n)
         todo += n.all_input_nodes
-    return seen
+    return False
 
 
 def _probe(
@@ -324,25 +415,33 @@ def _probe(
 ) -> Probe:
     """Cut out of the graph what is needed to compute the wanted values."""
     outputs: list[Int] = []
-    needed: set[fx.Node] = set()
 
     def output(value: Int | None) -> int | None:
         if value is None:
             return None
-        if isinstance(value, fx.Node):
-            if (nodes := _ancestors(value)) is None:
-                return None
-            needed.update(nodes)
+        if isinstance(value, fx.Node) and _is_heavy(value):
+            return None
         if value not in outputs:
             outputs.append(value)
         return outputs.index(value)
 
     rows = [(output(held), output(mask), output(first)) for held, mask, first in wanted]
+    return Probe(*_cut(gm, inputs, outputs), *(tuple(column) for column in zip(*rows, strict=True)))
+
+
+def _cut(gm: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[Int]) -> tuple[fx.GraphModule, tuple[int, ...]]:
+    """The part of a graph that computes `outputs`, and which of `inputs` it takes."""
+    needed: set[fx.Node] = set()
+    todo = [x for x in outputs if isinstance(x, fx.Node)]
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo += node.all_input_nodes
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(tuple(copies[x] if isinstance(x, fx.Node) else x for x in outputs))
-    taken = tuple(i for i, node in enumerate(inputs) if node in needed)
-    return Probe(fx.GraphModule(gm, graph), taken, *(tuple(column) for column in zip(*rows, strict=True)))
+    return fx.GraphModule(gm, graph), tuple(i for i, node in enumerate(inputs) if node in needed)

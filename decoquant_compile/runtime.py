@@ -10,15 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from decoquant_compile.handle import CacheTensor, Transients, state_of, unpack
+from decoquant_compile import growth
+from decoquant_compile.growth import Opened
+from decoquant_compile.handle import CacheTensor, Transients, format_of, state_of, unpack
+from decoquant_compile.kernels.state import CacheState
 from decoquant_compile.report import GraphReport, Report, TakenOver
-from decoquant_compile.rewrite import Binding, Probe
+from decoquant_compile.rewrite import Binding, Probe, Sizes
 from decoquant_compile.takeover import Claim, Obstructed, obstacle, take_over
 
 log = logging.getLogger(__name__)
 
 # Sessions that are open; a compiled graph tells them that it ran.
 OPEN: list[Report] = []
+
+# States that they have been told of.
+_TOLD: weakref.WeakSet[CacheState] = weakref.WeakSet()
 
 _DENSE_CALLS_BEFORE_RESTORE = 2
 _REASONS_IN_A_MESSAGE = 3
@@ -106,11 +112,12 @@ class PackedGraph:
     """A rewritten, compiled graph.
 
     Attributes:
-        fn: the compiled graph; takes the `kept` inputs, then a state buffer for each binding.
+        fn: the compiled graph; takes the inputs that `Rewritten` says.
         kept: positions of Dynamo's inputs that the graph still takes.
         handles: positions, among the kept inputs, of handles that the graph reads as any other tensor.
         bindings: its cache tensors.
         probe: tells what a cache holds that is not ours yet.
+        sizes: tells how large the caches are that it returns.
         report: the graph's report.
         original: Dynamo's graph, to run densely where a cache cannot be taken over.
         patches: Inductor's options for it.
@@ -121,6 +128,7 @@ class PackedGraph:
     handles: tuple[int, ...]
     bindings: tuple[Binding, ...]
     probe: Probe
+    sizes: Sizes
     report: GraphReport
     original: fx.GraphModule
     patches: Mapping[str, Any]
@@ -130,19 +138,97 @@ class PackedGraph:
         """Run it, in Dynamo's calling convention."""
         announce(self.report)
         self.report.calls += 1
-        if foreign := [i for i, binding in enumerate(self.bindings) if not _is_held(args[binding.index], binding)]:
-            try:
+        in_place = [i for i, binding in enumerate(self.bindings) if not binding.outputs]
+        foreign = [i for i in in_place if not _is_held(self._tensor(args, i), self.bindings[i])]
+        try:
+            if foreign:
                 self._take_over(args, foreign)
-            except Obstructed as error:
-                return self._run_dense(args, self._why(foreign, error.reasons))
-            except Exception as error:
-                log.exception("graph %s: takeover failed, the call runs dense", self.report.name)
-                return self._run_dense(args, f"takeover failed: {type(error).__name__}: {error}")
-        buffers = [args[binding.index]._state.buffer for binding in self.bindings]
+            opened = self._open(args)
+        except Obstructed as error:
+            return self._run_dense(args, self._why(foreign, error.reasons))
+        except Exception as error:
+            log.exception("graph %s: takeover failed, the call runs dense", self.report.name)
+            return self._run_dense(args, f"takeover failed: {type(error).__name__}: {error}")
+        buffers = [
+            self._tensor(args, i)._state.buffer if i not in opened else opened[i].state.buffer
+            for i in range(len(self.bindings))
+        ]
+        numbers = [
+            number
+            for i, binding in enumerate(self.bindings)
+            if binding.grows and binding.format.role == "key"
+            for number in (opened[i].state.slots, opened[i].first)
+        ]
         kept = [args[i] for i in self.kept]
         if self.handles:
-            return run_dense(lambda *inputs: self.fn(*inputs, *buffers), kept, self.handles, self.report)
-        return self.fn(*kept, *buffers)
+            results: Sequence[Any] = run_dense(
+                lambda *inputs: self.fn(*inputs, *buffers, *numbers), kept, self.handles, self.report
+            )
+        else:
+            results = self.fn(*kept, *buffers, *numbers)
+        return self._with_handles(results, opened) if opened else results
+
+    def _tensor(self, args: Sequence[Any], number: int) -> Any:
+        """The cache tensor of a binding; None where the graph creates it."""
+        index = self.bindings[number].index
+        return None if index is None else args[index]
+
+    def _open(self, args: Sequence[Any]) -> dict[int, Opened]:
+        """For each binding whose cache is returned, the state that the call writes to."""
+        opened: dict[int, Opened] = {}
+        outputs: Sequence[Any] | None = None
+        taken: set[int] = set()
+        sizes = self.sizes(args)
+        for i, (binding, row) in enumerate(zip(self.bindings, sizes, strict=True)):
+            if not binding.outputs:
+                continue
+            tensor, mask = self._tensor(args, i), None
+            batch, heads, tokens, length = row
+            if tensor is not None and format_of(tensor, binding.dims) != binding.format:
+                outputs = self._probed(args) if outputs is None else outputs
+                mask = self._mask(i, outputs)
+            if binding.grows:
+                empty = (batch, heads, binding.device)
+                opened[i] = growth.opened(tensor, binding.dims, binding.format, tokens, length, mask, taken, empty)
+            else:
+                state = CacheState.empty(binding.format, batch, heads, length, binding.device)
+                opened[i] = Opened(state, 0, 0, tokens, length)
+            taken.add(id(opened[i].state))
+        for i, binding in enumerate(self.bindings):
+            if binding.grows and binding.format.role == "key":
+                opened[i], opened[i + 1] = growth.levelled(opened[i], opened[i + 1])
+        return opened
+
+    def _with_handles(self, results: Sequence[Any], opened: Mapping[int, Opened]) -> list[Any]:
+        """The results of a call, with handles in the places of the caches that it returns."""
+        results = list(results)
+        for i, held in opened.items():
+            binding = self.bindings[i]
+            handle = held.handle(binding.dims)
+            for output in binding.outputs:
+                results[output] = handle
+            self._tell(binding, held.state, filled=binding.index is not None and held.shown > 0)
+        return results
+
+    def _probed(self, args: Sequence[Any]) -> Sequence[Any]:
+        with torch.no_grad():
+            outputs: Sequence[Any] = self.probe.graph(*(args[i] for i in self.probe.inputs))
+        return outputs
+
+    def _mask(self, number: int, outputs: Sequence[Any]) -> tuple[Tensor, int] | None:
+        """The attention mask of a call over one cache and the slot of its first column, as `take_over` wants them."""
+        mask, first = self.probe.mask[number], self.probe.first[number]
+        return None if mask is None or first is None else (outputs[mask], int(outputs[first]))
+
+    def _tell(self, binding: Binding, state: CacheState, *, filled: bool) -> None:
+        """Tell the open sessions of a cache that is held packed now, once."""
+        if state in _TOLD:
+            return
+        _TOLD.add(state)
+        form = binding.format
+        taken = TakenOver(binding.source, form.role, form.bits, weakref.ref(state), filled)
+        for report in OPEN:
+            report.caches.append(taken)
 
     def _take_over(self, args: Sequence[Any], foreign: Sequence[int]) -> None:
         """Take every cache tensor that is not held in the right way yet, or none of them.
@@ -155,7 +241,7 @@ class PackedGraph:
             Obstructed: a tensor cannot be taken over.
         """
         bindings = [self.bindings[i] for i in foreign]
-        tensors: list[Tensor] = [args[binding.index] for binding in bindings]
+        tensors: list[Tensor] = [self._tensor(args, i) for i in foreign]
         reasons = [
             None if isinstance(tensor, CacheTensor) and tensor._state is not None else obstacle(tensor, binding.dims)
             for tensor, binding in zip(tensors, bindings, strict=True)
@@ -165,18 +251,17 @@ class PackedGraph:
         for tensor in tensors:
             if isinstance(tensor, CacheTensor):  # packed, but in another format or layout
                 unpack(tensor)
-        with torch.no_grad():
-            outputs = self.probe.graph(*(args[i] for i in self.probe.inputs))
+        outputs = self._probed(args)
         lengths: list[int | None] = []
         masks: list[tuple[Tensor, int] | None] = []
         for i, tensor in zip(foreign, tensors, strict=True):
-            at = (self.probe.length[i], self.probe.mask[i], self.probe.first[i])
-            length, mask, first = (None if number is None else outputs[number] for number in at)
+            at = self.probe.length[i]
+            length = None if at is None else outputs[at]
             if isinstance(length, Tensor):  # the slots that this call writes; negative ones count from the end
                 slots = tensor.shape[self.bindings[i].dims[2]]
                 length = int(length.remainder(slots).min()) if length.numel() else None
             lengths.append(length)
-            masks.append(None if mask is None or first is None else (mask, int(first)))
+            masks.append(self._mask(i, outputs))
         claims = [
             Claim(tensor, binding.dims, binding.format) for tensor, binding in zip(tensors, bindings, strict=True)
         ]
@@ -184,10 +269,7 @@ class PackedGraph:
         for tensor, binding, length in zip(tensors, bindings, lengths, strict=True):
             assert isinstance(tensor, CacheTensor)
             assert tensor._state is not None
-            held, state = binding.format, weakref.ref(tensor._state)
-            taken = TakenOver(binding.source, held.role, held.bits, tensor.nbytes, state, filled=length != 0)
-            for report in OPEN:
-                report.caches.append(taken)
+            self._tell(binding, tensor._state, filled=length != 0)
         log.info("graph %s: took over %d cache tensors", self.report.name, len(claims))
 
     def _why(self, foreign: Sequence[int], reasons: Sequence[str | None]) -> str:

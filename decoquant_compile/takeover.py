@@ -127,8 +127,21 @@ def _ingest(claim: Claim, length: int | None, mask: tuple[Tensor, int] | None) -
     """A packed state with the content of a dense tensor."""
     with torch.inference_mode(mode=False), torch.no_grad():
         dense = claim.tensor.permute(claim.dims)
-        batch, heads, slots, _ = dense.shape
-        state = CacheState.empty(claim.format, batch, heads, slots, dense.device)
+        state = CacheState.empty(claim.format, *dense.shape[:3], dense.device)
+        ingest(dense, state, length, mask)
+    return state
+
+
+def ingest(dense: Tensor, state: CacheState, length: int | None, mask: tuple[Tensor, int] | None) -> None:
+    """Write the tokens of a dense cache to an empty state; all-zero ones count as never written.
+
+    Args:
+        dense: ``[batch, heads, slots, channels]``.
+        state: of at least so many slots.
+        length: see `take_over`.
+        mask: see `take_over`.
+    """
+    with torch.inference_mode(mode=False), torch.no_grad():
         written = (dense.amax((1, 3)) != 0) | (dense.amin((1, 3)) != 0)  # [B, S], without a mask of the tensor's size
         positions = written.any(0).nonzero()[:, 0]
         if length is not None:  # left-overs first: the window keeps what was written last
@@ -137,7 +150,6 @@ def _ingest(claim: Claim, length: int | None, mask: tuple[Tensor, int] | None) -
             rows = written[:, positions]
             admitted, first = (None, 0) if mask is None else mask
             state.write(dense.index_select(2, positions), positions, mask=admitted, first=first, rows=rows)
-    return state
 
 
 def restore(cache: T) -> T:

@@ -14,7 +14,12 @@ from decoquant_compile.patterns.symbols import Int, Size, argument, as_int, dtyp
 
 aten = torch.ops.aten
 
-__all__ = ["CacheWrite", "Int", "parse"]
+__all__ = ["CacheWrite", "Int", "parse", "parse_returned"]
+
+_BIRTHS = {
+    *(aten.zeros, aten.zeros_like, aten.new_zeros, aten.empty, aten.empty_like, aten.new_empty),
+    *(aten.full, aten.full_like, aten.new_full, aten.ones, aten.ones_like, aten.new_ones),
+}
 
 
 @dataclass(frozen=True)
@@ -22,20 +27,22 @@ class CacheWrite:
     """New tokens placed in one cache tensor.
 
     Attributes:
-        form: "index_copy", "index_put", "slice", "roll", "append" or "replace".
-        buffer: the cache tensor, a graph input.
-        value: the tensor after the write, which the graph copies into `buffer`.
+        form: "index_copy", "index_put", "slice", "roll", "append", "replace" or "cat".
+        buffer: the cache tensor, a graph input; of a cache that the graph creates, what it is created from.
+        value: the tensor after the write, which the graph copies into `buffer` or, if `returned`, gives its caller.
         new: the tokens written, dims in the buffer's order; sizes are those of the buffer but for `slot_dim`; where its
             dtype differs, the write casts. With "append" and "replace" it may be longer than what stays.
         slot_dim: dim of the buffer along which tokens are placed.
         positions: int64 [tokens], the slot of each new token (index forms).
         start: slot of the first new token; the others follow (slice form).
         kept: tail forms: slots [0, kept) held tokens, and the cache becomes the last slots of `cat(cache[:kept], new)`.
-            "roll" keeps all and has one token; "replace" keeps none.
+            "roll" keeps all and has one token; "replace" keeps none. "cat": the buffer has so many slots, and the
+            value all of them and the new ones, or the last slots of that.
         wraps: a negative position counts from the end (index_put).
         seen: the node that an attention over the cache starts from: the tensor after the write; "append": old tokens
             followed by all the new ones; "replace": the new tokens.
         offset: "append": the slot, before the write, that stands first in `seen`.
+        returned: the value is a tensor of its own, and the buffer stays what it is.
     """
 
     form: str
@@ -49,6 +56,22 @@ class CacheWrite:
     kept: Int | None = None
     wraps: bool = False
     offset: Int = 0
+    returned: bool = False
+
+    @property
+    def cache(self) -> fx.Node:
+        """The node that stands for the cache: the input that is written, or what is returned."""
+        return self.value if self.returned else self.buffer
+
+    @property
+    def born(self) -> bool:
+        """Whether the graph creates the cache."""
+        return self.buffer.op != "placeholder"
+
+    @property
+    def grows(self) -> bool:
+        """Whether the cache gets longer, or makes room for new tokens by forgetting, in a tensor of its own."""
+        return self.form == "cat"
 
 
 def parse(buffer: fx.Node, value: fx.Node) -> CacheWrite | Problem:
@@ -63,6 +86,74 @@ def parse(buffer: fx.Node, value: fx.Node) -> CacheWrite | Problem:
     if rule is None:
         return Problem(Reason.UNKNOWN_WRITE, f"by {seen.target if seen.op == 'call_function' else seen.op}")
     return rule(buffer, value, seen)
+
+
+def parse_returned(value: fx.Node) -> CacheWrite | Problem | None:
+    """Read how a graph makes a cache that it returns; None for what is no cache by its form.
+
+    Args:
+        value: a tensor that the graph returns.
+    """
+    seen = plain(value)
+    if seen.target is aten.slice.Tensor and operand(seen).target is aten.cat.default:
+        return _grown_tail(value, seen)
+    if seen.target is aten.cat.default:
+        return _grown(value, seen)
+    if seen.target not in FORMS or seen.target is aten.slice.Tensor:
+        return None
+    base = plain(seen.all_input_nodes[0])
+    if base.op == "placeholder":
+        return Problem(Reason.FUNCTIONAL_CACHE, base.name)
+    if getattr(base.target, "overloadpacket", None) not in _BIRTHS:
+        return None
+    if not _is_zero(base):
+        return Problem(Reason.CACHE_BORN_INSIDE, f"{base.name} is not zero")
+    write = FORMS[seen.target](base, value, seen)
+    return write if isinstance(write, Problem) else replace(write, returned=True)
+
+
+def _grown(value: fx.Node, seen: fx.Node) -> CacheWrite | Problem | None:
+    """Old tokens followed by new ones: a tensor that is longer than the one before."""
+    parts, dim = argument(seen, "tensors"), argument(seen, "dim") % len(shape(seen))
+    if len(parts) != 2:
+        return None
+    old, new = plain(parts[0]), parts[1]
+    if old.op != "placeholder" and (0 not in shape(old) or not _is_constant(old)):
+        return None
+    kept = 0 if 0 in shape(old) else as_int(shape(old)[dim], value.graph)
+    if kept is None:
+        return _no_input(shape(old)[dim], old)
+    if dtype(new) != dtype(seen) or (old.op == "placeholder" and dtype(old) != dtype(seen)):
+        return Problem(Reason.DTYPE, f"{dtype(old)} and {dtype(new)} concatenated")
+    return CacheWrite("cat", old, value, new, dim, seen, kept=kept, returned=True)
+
+
+def _grown_tail(value: fx.Node, seen: fx.Node) -> CacheWrite | Problem | None:
+    """The last slots of `_grown`: a sliding window."""
+    whole, dim, start = operand(seen), argument(seen, "dim") % len(shape(seen)), argument(seen, "start")
+    write = _grown(value, whole)
+    if not isinstance(write, CacheWrite):
+        return write
+    size, length, first = shape(whole)[dim], shape(seen)[dim], size_of(start or 0)
+    to_end = known(first == -length) or known(first + length == size) or known(length == size)
+    if write.slot_dim != dim or argument(seen, "step") != 1 or not to_end:
+        return Problem(Reason.UNKNOWN_WRITE, f"{seen.name} returned, which is not the tail of {whole}")
+    return write
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a node is made of constants of the graph alone."""
+    return node.op == "get_attr" or (
+        node.op == "call_function" and not node.is_impure() and all(map(_is_constant, node.all_input_nodes))
+    )
+
+
+def _is_zero(birth: fx.Node) -> bool:
+    """Whether a new tensor holds zeros, or nothing that anybody may rely on."""
+    name = str(getattr(birth.target, "overloadpacket", birth.target)).rpartition(".")[2]
+    if "full" in name:
+        return bool(argument(birth, "fill_value") == 0)
+    return "zeros" in name or "empty" in name
 
 
 def _index_copy(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from decoquant_compile.patterns.attention import cores, readers
-from decoquant_compile.patterns.cache import FORMS, CacheWrite, parse
+from decoquant_compile.patterns.cache import CacheWrite, parse, parse_returned
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.movement import Repeat, Walk, moves, operand, peel, plain
 from decoquant_compile.patterns.reject import Problem, Reason, Reject
@@ -73,10 +73,6 @@ class Site:
 
 
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
-_BIRTH = {
-    *(aten.zeros, aten.zeros_like, aten.new_zeros, aten.empty, aten.empty_like, aten.new_empty),
-    *(aten.full, aten.full_like, aten.new_full, aten.ones),
-}
 _LINEAR = {
     aten.linear.default,
     aten.matmul.default,
@@ -115,45 +111,28 @@ class _Matcher:
         self.outputs = [n for n in normal.outputs if isinstance(n, fx.Node)]
         self.mutations = list(normal.mutations)
         self.readers = readers(self.graph)
-        self.writes: dict[fx.Node, CacheWrite] = {}  # by buffer
+        self.writes: dict[fx.Node, CacheWrite] = {}  # by the cache: an input, or what is returned
         self.seen: dict[fx.Node, CacheWrite] = {}  # by the node that an attention over the cache starts from
         self.new: dict[fx.Node, CacheWrite | None] = {}  # by the tokens written; None where they go to several caches
         self.evidence: dict[fx.Node, Problem | None] = {}  # nodes that hold a cache, and what is wrong with it
         for value, buffer in self.mutations:
             if len(shape(buffer)) >= 3:
-                self._learn(buffer, value)
-        for output in self.outputs:
-            self._learn_output(output)
-        self.read_by: dict[fx.Node, list[fx.Node]] = {}  # buffer -> attentions, once for each operand
+                self.evidence[buffer] = Problem(Reason.READ_BEFORE_WRITE, buffer.name)
+                self._learn(buffer, value, parse(buffer, value))
+        for output in dict.fromkeys(self.outputs):
+            if len(shape(output)) >= 3 and (write := parse_returned(output)) is not None:
+                self._learn(output, output, write)
+        self.read_by: dict[fx.Node, list[fx.Node]] = {}  # cache -> attentions, once for each operand
 
-    def _learn(self, buffer: fx.Node, value: fx.Node) -> None:
-        write = parse(buffer, value)
-        self.evidence[buffer] = Problem(Reason.READ_BEFORE_WRITE, buffer.name)
+    def _learn(self, cache: fx.Node, value: fx.Node, write: CacheWrite | Problem) -> None:
         if isinstance(write, Problem):
             self.evidence[plain(value)] = write
             return
-        self.writes[buffer] = write
+        self.writes[cache] = write
         if write.form != "replace":
             self.seen[write.seen] = write
             self.evidence[write.seen] = None
         self.new[write.new] = None if write.new in self.new else write
-
-    def _learn_output(self, node: fx.Node) -> None:
-        """A cache that is returned is not ours to hold, but worth a name in the report."""
-        while moves(node):
-            node = operand(node)
-        if node in self.evidence or node.target not in FORMS:
-            return
-        if node.target is aten.cat.default:
-            parts = [peel(part).source for part in node.all_input_nodes]
-            if any(part.op == "placeholder" or 0 in shape(part) for part in parts):
-                self.evidence[node] = Problem(Reason.GROWING_CACHE, node.name)
-            return
-        base = plain(node.all_input_nodes[0])
-        if getattr(base.target, "overloadpacket", None) in _BIRTH:
-            self.evidence[node] = Problem(Reason.CACHE_BORN_INSIDE, base.name)
-        elif base.op == "placeholder":
-            self.evidence[node] = Problem(Reason.FUNCTIONAL_CACHE, base.name)
 
     def run(self) -> list[Site | Reject]:
         found = cores(self.graph)
@@ -164,7 +143,7 @@ class _Matcher:
                 operands[core.node] = pair
                 for side in pair:
                     if isinstance(side, _Operand):
-                        self.read_by.setdefault(side.write.buffer, []).append(core.node)
+                        self.read_by.setdefault(side.write.cache, []).append(core.node)
         results: list[Site | Reject] = []
         for core in found:
             if isinstance(core, Reject):
@@ -172,17 +151,17 @@ class _Matcher:
                 continue
             site = self._join(core, *operands[core.node])
             results.append(site if isinstance(site, Site) else Reject(site.reason, core.node.name, site.detail, core))
-        unread = (b for b in self.writes if len(shape(b)) == 4 and b not in self.read_by and not self._is_read(b))
-        results += [Reject(Reason.WRITE_NOT_READ, buffer.name) for buffer in unread]
+        unread = (c for c in self.writes if len(shape(c)) == 4 and c not in self.read_by and not self._is_read(c))
+        results += [Reject(Reason.WRITE_NOT_READ, c.name) for c in unread if not self.writes[c].returned]
         return results
 
-    def _is_read(self, buffer: fx.Node) -> bool:
+    def _is_read(self, cache: fx.Node) -> bool:
         """Whether some attention reads the cache after all, so that its reject tells why nobody claimed it."""
-        write = self.writes[buffer]
+        write = self.writes[cache]
         if self.new[write.new] is None:
             return True
         visited: set[fx.Node] = set()
-        todo = [buffer, write.seen]
+        todo = [cache, write.seen]
         while todo:
             node = todo.pop()
             if node in self.readers:
@@ -231,19 +210,19 @@ class _Matcher:
         if isinstance(key, Problem) or isinstance(value, Problem):
             return _worse(key, value)
         k, v = key.write, value.write
-        if k.buffer is v.buffer:
-            return Problem(Reason.SAME_TENSOR, k.buffer.name)
-        for buffer in (k.buffer, v.buffer):
-            if (attentions := self.read_by[buffer]) != [core.node]:
-                return Problem(Reason.SHARED_CACHE, f"{buffer}: {', '.join(n.name for n in attentions)}")
+        if k.cache is v.cache:
+            return Problem(Reason.SAME_TENSOR, k.cache.name)
+        for cache in (k.cache, v.cache):
+            if (attentions := self.read_by[cache]) != [core.node]:
+                return Problem(Reason.SHARED_CACHE, f"{cache}: {', '.join(n.name for n in attentions)}")
         for side in (key, value):
-            if dtype(side.write.buffer) not in _FLOATS:
-                return Problem(Reason.DTYPE, f"{side.write.buffer} is {dtype(side.write.buffer)}")
+            if dtype(side.write.cache) not in _FLOATS:
+                return Problem(Reason.DTYPE, f"{side.write.cache} is {dtype(side.write.cache)}")
             source = side.walk.axes.dtypes[0]
             if not side.own and any(t not in (source, torch.float32) for t in side.walk.axes.dtypes):
                 return Problem(Reason.DTYPE, f"{source} read as {side.walk.axes.dtypes[-1]}")
         if key.own != value.own or not _same_places(k, v):
-            return Problem(Reason.POSITIONS_DIFFER, f"{k.form} into {k.buffer}, {v.form} into {v.buffer}")
+            return Problem(Reason.POSITIONS_DIFFER, f"{k.form} into {k.cache}, {v.form} into {v.cache}")
         key_dims, value_dims = _layout(key), _layout(value)
         if isinstance(key_dims, Problem) or isinstance(value_dims, Problem):
             return _worse(key_dims, value_dims)
@@ -265,19 +244,22 @@ class _Matcher:
 
     def _escape(self, site: Site) -> Problem | None:
         """What still needs a cache tensor once the site is rewritten."""
-        buffers = {site.key.buffer, site.value.buffer}
+        sides = (site.key, site.value)
+        held = {node for w in sides for node in ((w.seen, w.value) if w.born else (w.buffer,))}
+        ours = {write.cache for write in sides}
         kept: list[object] = []
         for write in (site.key, site.value):
             kept += [write.new, write.positions, write.start, write.kept, write.offset]
         if site.read is not None:
             kept += [site.core.query, site.core.mask, site.read.first]
-        roots = [*self.outputs, *(value for value, buffer in self.mutations if buffer not in buffers)]
+        roots = [*self.outputs, *(value for value, buffer in self.mutations if buffer not in ours)]
+        roots = [n for n in roots if n not in ours or not self.writes[n].returned]
         roots += [n for n in self.graph.nodes if n.op == "call_function" and n.is_impure()]
         todo = [(n, n) for n in [*roots, *(n for n in kept if isinstance(n, fx.Node))]]
         visited: set[fx.Node] = set()
         while todo:
             node, user = todo.pop()
-            if node in buffers:
+            if node in held:
                 return Problem(Reason.CACHE_VALUE_ESCAPES, f"{node} is still needed by {user}")
             if node in visited or node.target is aten.sym_size.int:
                 continue
@@ -297,18 +279,19 @@ def _worse(key: object, value: object) -> Problem:
     if len(problems) == 1:
         cached = value if problems[0] is key else key
         assert isinstance(cached, _Operand)
-        return Problem(Reason.ONLY_ONE_CACHED, f"{cached.write.buffer}; the other {problems[0].detail}")
+        return Problem(Reason.ONLY_ONE_CACHED, f"{cached.write.cache}; the other {problems[0].detail}")
     return problems[0]
 
 
 def _same_places(k: CacheWrite, v: CacheWrite) -> bool:
     places = [(w.positions, w.start, w.kept, w.offset) for w in (k, v)]
-    return k.form == v.form and k.slot_dim == v.slot_dim and all(same_value(a, b) for a, b in zip(*places, strict=True))
+    same = k.form == v.form and k.slot_dim == v.slot_dim and k.returned == v.returned and k.born == v.born
+    return same and all(same_value(a, b) for a, b in zip(*places, strict=True))
 
 
 def _layout(side: _Operand) -> tuple[int, int, int, int] | Problem:
     """Which dim of the cache each dim of the attention's operand is."""
-    buffer, slot, axes, taken = side.write.buffer, side.write.slot_dim, side.walk.axes, shape(side.walk.source)
+    buffer, slot, axes, taken = side.write.cache, side.write.slot_dim, side.walk.axes, shape(side.walk.source)
     if len(taken) != 4 or len(axes.dims) != 4:
         return Problem(Reason.LAYOUT, f"{buffer} has {len(taken)} dims")
     roles: list[int | None] = []
@@ -336,7 +319,7 @@ def _layout(side: _Operand) -> tuple[int, int, int, int] | Problem:
 
 def _sizes(core: AttentionCore, k: CacheWrite, v: CacheWrite, dims: tuple[int, int, int, int]) -> Problem | None:
     """What keeps queries, new tokens and caches from being of one size."""
-    query, key, value = shape(core.query), shape(k.buffer), shape(v.buffer)
+    query, key, value = shape(core.query), shape(k.cache), shape(v.cache)
     batch, head, slot, channel = dims
     pairs = [
         ("batch", query[0], key[batch]),
@@ -349,16 +332,16 @@ def _sizes(core: AttentionCore, k: CacheWrite, v: CacheWrite, dims: tuple[int, i
         if not known(a == b):
             decided = isinstance(a, int) and isinstance(b, int)
             return Problem(Reason.LAYOUT if decided else Reason.UNDECIDED_SIZE, f"{what}: {a} and {b}")
-    for buffer in (k.buffer, v.buffer):
-        if not isinstance(shape(buffer)[channel], int):
-            return Problem(Reason.UNDECIDED_SIZE, f"the channels of {buffer} are not constant")
+    for cache in (k.cache, v.cache):
+        if not isinstance(shape(cache)[channel], int):
+            return Problem(Reason.UNDECIDED_SIZE, f"the channels of {cache} are not constant")
     return None
 
 
 def _groups(core: AttentionCore, key: _Operand, head: int) -> int | Problem:
     """Query heads for each key-value head."""
     queries, keys, values = shape(core.query)[1], shape(core.key)[1], shape(core.value)[1]
-    heads = shape(key.write.buffer)[head]
+    heads = shape(key.write.cache)[head]
     if not known(keys == values) or not (core.enable_gqa or known(keys == queries) or known(keys == 1)):
         return Problem(Reason.LAYOUT, f"{queries} query heads, {keys} key heads, {values} value heads")
     if isinstance(queries, int) and isinstance(heads, int):
@@ -374,7 +357,7 @@ def _read(key: _Operand, value: _Operand, slot: int) -> CacheRead | Problem | No
     if key.own:
         return None
     spans = [side.walk.axes.spans[slot] for side in (key, value)]
-    if key.write.form == "append":
+    if key.write.form in ("append", "cat"):
         if not all(
             known(s.length == shape(side.walk.source)[slot]) for s, side in zip(spans, (key, value), strict=True)
         ):

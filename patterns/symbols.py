@@ -22,7 +22,7 @@ def known(condition: bool | torch.SymBool) -> bool:
 def shape(node: fx.Node) -> tuple[Size, ...]:
     """Sizes of a node's tensor; empty where it has none (a SymInt, a tuple)."""
     value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    return tuple(map(_compat.settled, value.shape)) if isinstance(value, torch.Tensor) else ()
 
 
 def dtype(node: fx.Node) -> torch.dtype | None:
@@ -35,8 +35,7 @@ def size_of(value: Int) -> Size:
     """The number that an `Int` stands for."""
     if not isinstance(value, fx.Node):
         return value
-    size: Size = value.meta["val"]
-    return size
+    return _compat.settled(value.meta["val"])
 
 
 def same_shape(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
@@ -46,8 +45,11 @@ def same_shape(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
 
 def as_int(size: Size, graph: fx.Graph) -> Int | None:
     """A size as something that a node can take as an argument: a constant, or the graph input that carries it."""
+    size = _compat.settled(size)
     if isinstance(size, int):
         return size
+    if (carrier := _compat.carriers(graph).get(size.node.expr)) is not None:
+        return carrier
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt) and known(value == size):
