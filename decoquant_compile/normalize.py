@@ -288,7 +288,18 @@ def _in_place(name: str) -> bool:
 
 
 def _is_input(node: object) -> bool:
-    """Whether a value of Dynamo's graph is an input itself: in-place methods return the tensor they write."""
-    while isinstance(node, fx.Node) and node.op == "call_method" and _writes(node):
+    """Whether a value of Dynamo's graph is an input itself.
+
+    In-place methods return the tensor they write; `to` and `contiguous` return their tensor if it is that already.
+    """
+    while isinstance(node, fx.Node) and node.op == "call_method" and (_writes(node) or _is_same(node)):
         node = node.args[0]
     return isinstance(node, fx.Node) and node.op == "placeholder"
+
+
+def _is_same(node: fx.Node) -> bool:
+    """Whether a conversion had nothing to convert."""
+    if node.target not in ("to", "contiguous"):
+        return False
+    given: Any = node.args[0]
+    return _storages([node]) == _storages([given]) != set()
