@@ -115,10 +115,10 @@ def parse_returned(value: fx.Node) -> CacheWrite | Problem | None:
 def _grown(value: fx.Node, seen: fx.Node) -> CacheWrite | Problem | None:
     """Old tokens followed by new ones: a tensor that is longer than the one before."""
     parts, dim = argument(seen, "tensors"), argument(seen, "dim") % len(shape(seen))
-    if len(parts) != 2:
-        return None
-    old, new = plain(parts[0]), parts[1]
-    if old.op != "placeholder" and (0 not in shape(old) or not _is_constant(old)):
+    old, new = plain(parts[0]), parts[-1]
+    if len(parts) != 2 or (old.op != "placeholder" and (0 not in shape(old) or not _is_constant(old))):
+        if any(peel(part).source.op == "placeholder" for part in parts):
+            return Problem(Reason.GROWING_CACHE, f"{seen.name} of {', '.join(map(str, parts))}")
         return None
     kept = 0 if 0 in shape(old) else as_int(shape(old)[dim], value.graph)
     if kept is None:

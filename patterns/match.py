@@ -126,7 +126,10 @@ class _Matcher:
 
     def _learn(self, cache: fx.Node, value: fx.Node, write: CacheWrite | Problem) -> None:
         if isinstance(write, Problem):
-            self.evidence[plain(value)] = write
+            node = plain(value)
+            self.evidence[node] = write
+            if cache is value and moves(node):  # a part of what attention reads is returned
+                self.evidence[plain(operand(node))] = write
             return
         self.writes[cache] = write
         if write.form != "replace":

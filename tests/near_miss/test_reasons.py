@@ -63,21 +63,52 @@ def values_only(q, k, v, keys, values, positions, mask):
 
 @miss(Reason.CACHE_BORN_INSIDE)
 def born(q, k, v, keys, values, positions, mask):
-    keys, values = torch.zeros(keys.shape), torch.zeros(values.shape)
+    keys, values = torch.ones(keys.shape), torch.full(values.shape, 0.5)
     write(keys, values, positions, k, v)
     return attend(q, keys, values, mask), keys, values
 
 
 @miss(Reason.GROWING_CACHE)
-def growing(q, k, v, keys, values, positions, mask):
-    keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+def growing_between_others(q, k, v, keys, values, positions, mask):
+    keys, values = torch.cat([k, keys, k], 2), torch.cat([v, values, v], 2)
+    return attend(q, keys, values), keys, values
+
+
+@miss(Reason.LAYOUT)  # the cache is what stands first, and more than the queries' tokens come behind it
+def growing_at_the_front(q, k, v, keys, values, positions, mask):
+    keys, values = torch.cat([k, keys], 2), torch.cat([v, values], 2)
     return attend(q, keys, values), keys, values
 
 
 @miss(Reason.GROWING_CACHE)
-def growing_and_cropped(q, k, v, keys, values, positions, mask):
+def growing_from_a_part(q, k, v, keys, values, positions, mask):
+    keys, values = torch.cat([keys[:, :, 2:], k], 2), torch.cat([values[:, :, 2:], v], 2)
+    return attend(q, keys, values), keys, values
+
+
+@miss(Reason.UNKNOWN_WRITE)
+def growing_and_cropped_at_the_end(q, k, v, keys, values, positions, mask):
     keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
-    return attend(q, keys, values), keys[:, :, 1:], values[:, :, 1:]
+    return attend(q, keys, values), keys[:, :, :-1], values[:, :, :-1]
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES)
+def growing_and_used(q, k, v, keys, values, positions, mask):
+    keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+    return attend(q, keys, values), keys, values, keys.sum()
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES)
+def growing_and_returned_twice(q, k, v, keys, values, positions, mask):
+    keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+    return attend(q, keys, values), keys, values, values.transpose(1, 2)
+
+
+@miss(Reason.POSITIONS_DIFFER)
+def growing_only_by_keys(q, k, v, keys, values, positions, mask):
+    keys = torch.cat([keys, k], 2)
+    write(values, values.clone(), positions, v, v)
+    return attend(q, keys[:, :, : values.shape[2]], values), keys
 
 
 @miss(Reason.FUNCTIONAL_CACHE)

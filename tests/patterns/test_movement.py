@@ -89,7 +89,7 @@ def chains(draw, kinds=ALL):
     steps, x = [], source
     for _ in range(draw(st.integers(0, 6))):
         step = draw_step(draw, list(x.shape), kinds)
-        if step(x).numel() > 4096:
+        if step(x).dim() == 0 or not 0 < step(x).numel() <= 4096:
             break
         steps.append(step)
         x = step(x)
