@@ -188,7 +188,7 @@ class _Rewriter:
 
             def attend(positions: fx.Node) -> None:
                 arguments = (core.query, key_state, value_state, key, value, positions, mask, core.scale, core.softcap)
-                sizes = (key_slots, first, length, key_format.key(), value_format.key())
+                sizes = (key_slots, first, length, key_format.key(), value_format.key(), core.sink)
                 result = self.graph.call_function(ops.attend, (*arguments, *sizes))
                 for target, others in core.result:
                     result = self.graph.call_function(target, (result, *others))

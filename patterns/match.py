@@ -270,7 +270,7 @@ class _Matcher:
         for write in (site.key, site.value):
             kept += [write.new, write.positions, write.start, write.kept, write.offset]
         if site.read is not None:
-            kept += [site.core.query, site.core.mask, site.read.first]
+            kept += [site.core.query, site.core.mask, site.core.sink, site.read.first]
         roots = [*self.outputs, *(value for value, buffer in self.mutations if buffer not in buffers)]
         roots += [n for n in self.graph.nodes if n.op == "call_function" and n.is_impure()]
         todo = [(n, n) for n in [*roots, *(n for n in kept if isinstance(n, fx.Node))]]

@@ -321,7 +321,7 @@ def repeated(*caches):
 
 
 @miss(Reason.ATTENTION_FORM)
-def sink(q, k, v, keys, values, positions, mask):
+def sink_of_the_query(q, k, v, keys, values, positions, mask):
     write(keys, values, positions, k, v)
     keys, values = repeated(keys, values)
     logits = torch.cat([(q @ keys.mT).masked_fill(~mask, -1e9), q[..., :1]], -1)
