@@ -20,7 +20,7 @@ from decoquant_compile import _compat
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.movement import constant, operand
 from decoquant_compile.patterns.reject import Problem, Reason
-from decoquant_compile.patterns.symbols import Int, Size, argument, computed, dtype, known, shape
+from decoquant_compile.patterns.symbols import Int, Size, argument, computed, dtype, known, shape, size_of
 
 aten = torch.ops.aten
 
@@ -125,13 +125,16 @@ _SCALAR = {
     aten.__or__.Tensor,
     aten.__xor__.Tensor,
     aten.floor_divide.default,
+    aten.where.Scalar,
     aten.where.ScalarOther,
     aten.where.ScalarSelf,
 }
 _PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar}
 _SCALING = {*_PRODUCTS, aten.div.Tensor, aten.div.Scalar}
 _SUMS = {aten.add.Tensor, aten.add.Scalar}
-_ADDING = {*_SUMS, aten.sub.Tensor, aten.sub.Scalar}
+_REVERSED = {aten.rsub.Tensor, aten.rsub.Scalar}
+_ADDING = {*_SUMS, *_REVERSED, aten.sub.Tensor, aten.sub.Scalar}
+_CHOOSING = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 
 
 class _Grid:
@@ -206,7 +209,7 @@ class _Grid:
     def _both(self, left: fx.Node | None, right: fx.Node) -> fx.Node:
         return right if left is None else computed(self.graph, aten.logical_and.default, left, right)
 
-    def _listed(self, counts: fx.Node, indices: fx.Node, block: tuple[int, int]) -> fx.Node | None:
+    def _listed(self, counts: fx.Node, indices: fx.Node, block: tuple[Int, Int]) -> fx.Node | None:
         """Whether the block of each position is listed for its queries; None: all are.
 
         Args:
@@ -216,7 +219,9 @@ class _Grid:
         """
         sizes = shape(indices)
         blocks = sizes[-1]
-        covered = [known(n * size >= whole) for n, size, whole in zip(sizes[2:], block, self.sizes[2:], strict=True)]
+        covered = [
+            known(n * size_of(of) >= whole) for n, of, whole in zip(sizes[2:], block, self.sizes[2:], strict=True)
+        ]
         if not all(covered):
             raise _RefusedError(Reason.UNDECIDED_SIZE, f"{list(sizes)} blocks of {block} for {list(self.sizes)}")
         if known(blocks == 1) and _all_are(counts, 1) and _all_are(indices, 0):
@@ -234,10 +239,12 @@ class _Grid:
         for axis in range(2):
             if not known(sizes[axis] == 1) and not known(sizes[axis] == self.sizes[axis]):
                 raise _RefusedError(Reason.MASK_FORM, f"block mask of {list(sizes[:2])} for {list(self.sizes[:2])}")
-            number = self.numbers[axis]
-            at.append(computed(self.graph, aten.zeros_like.default, number) if known(sizes[axis] == 1) else number)
-        for axis in range(2):
-            at.append(computed(self.graph, aten.floor_divide.default, self.numbers[2 + axis], block[axis]))
+            if known(sizes[axis] == 1):
+                at.append(computed(self.graph, aten.full.default, [], 0, dtype=torch.int64, device=self.device))
+            else:
+                at.append(self.numbers[axis])
+        pairs = zip(self.numbers[2:], block, strict=True)
+        at += (computed(self.graph, aten.floor_divide.Scalar, number, size) for number, size in pairs)
         return computed(self.graph, aten.index.Tensor, found, at)
 
     # --------------------------------------------------------------------------------------------- functions on scalars
@@ -313,10 +320,12 @@ class _Grid:
             score = values[node.args[0]]
             if score.outer is None and not score.terms and not score.conditions:
                 return _Score(score.factor, 1.0)
-        elif node.target is aten.where.self:
+        elif node.target in _CHOOSING:
             return self._chosen(node, values)
         elif node.target in _ADDING | _SCALING:
-            left, right = (values.get(x, x) if isinstance(x, fx.Node) else x for x in node.args[:2])
+            left, right = (values[x] if isinstance(x, fx.Node) else x for x in node.args[:2])
+            if node.target in _REVERSED:
+                left, right = right, left
             score, other = (left, right) if isinstance(left, _Score) else (right, left)
             number = constant(other)
             first = score is left
