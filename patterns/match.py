@@ -53,7 +53,7 @@ class CacheRead:
 
 @dataclass(frozen=True)
 class Site:
-    """One attention over one cache.
+    """One attention over one cache. Sites may share a cache: all are rewritten then, or none.
 
     Attributes:
         core: the attention; its keys are as many as the size of `core.key`.
@@ -124,7 +124,7 @@ class _Matcher:
                 self._learn(buffer, value)
         for output in self.outputs:
             self._learn_output(output)
-        self.read_by: dict[fx.Node, list[fx.Node]] = {}  # buffer -> attentions, once for each operand
+        self.read_by: dict[fx.Node, dict[fx.Node, object]] = {}  # buffer -> attentions -> caches of keys and values
 
     def _learn(self, buffer: fx.Node, value: fx.Node) -> None:
         write = parse(buffer, value)
@@ -162,15 +162,23 @@ class _Matcher:
             if isinstance(core, AttentionCore):
                 pair = self._resolve(core.key, scaled=True), self._resolve(core.value)
                 operands[core.node] = pair
-                for side in pair:
-                    if isinstance(side, _Operand):
-                        self.read_by.setdefault(side.write.buffer, []).append(core.node)
+                buffers = tuple(side.write.buffer for side in pair if isinstance(side, _Operand))
+                for buffer in buffers:
+                    self.read_by.setdefault(buffer, {})[core.node] = buffers
+        joined: dict[fx.Node, Site | Problem] = {}
+        for core in found:
+            if isinstance(core, AttentionCore):
+                joined[core.node] = self._join(core, *operands[core.node])
+        for buffer in {site.key.buffer: None for site in joined.values() if isinstance(site, Site)}:
+            group = {node: joined[node] for node in self.read_by[buffer]}
+            if (problem := self._share(list(group.values()))) is not None:
+                joined |= {node: problem for node, site in group.items() if isinstance(site, Site)}
         results: list[Site | Reject] = []
         for core in found:
             if isinstance(core, Reject):
                 results.append(core)
                 continue
-            site = self._join(core, *operands[core.node])
+            site = joined[core.node]
             results.append(site if isinstance(site, Site) else Reject(site.reason, core.node.name, site.detail, core))
         unread = (b for b in self.writes if len(shape(b)) == 4 and b not in self.read_by and not self._is_read(b))
         results += [Reject(Reason.WRITE_NOT_READ, buffer.name) for buffer in unread]
@@ -234,8 +242,9 @@ class _Matcher:
         if k.buffer is v.buffer:
             return Problem(Reason.SAME_TENSOR, k.buffer.name)
         for buffer in (k.buffer, v.buffer):
-            if (attentions := self.read_by[buffer]) != [core.node]:
-                return Problem(Reason.SHARED_CACHE, f"{buffer}: {', '.join(n.name for n in attentions)}")
+            if any(others != (k.buffer, v.buffer) for others in self.read_by[buffer].values()):
+                names = ", ".join(n.name for n in self.read_by[buffer])
+                return Problem(Reason.SHARED_CACHE, f"{buffer} is read with other caches: {names}")
         for side in (key, value):
             if dtype(side.write.buffer) not in _FLOATS:
                 return Problem(Reason.DTYPE, f"{side.write.buffer} is {dtype(side.write.buffer)}")
@@ -260,17 +269,31 @@ class _Matcher:
         if key.walk.factor != 1:
             scale = shape(core.query)[-1] ** -0.5 if core.scale is None else core.scale
             core = replace(core, scale=scale * key.walk.factor)
-        site = Site(core, k, v, read, key_dims, groups)
-        return self._escape(site) or site
+        return Site(core, k, v, read, key_dims, groups)
 
-    def _escape(self, site: Site) -> Problem | None:
-        """What still needs a cache tensor once the site is rewritten."""
-        buffers = {site.key.buffer, site.value.buffer}
+    def _share(self, group: Sequence[Site | Problem]) -> Problem | None:
+        """What keeps all attentions over one cache from being rewritten together."""
+        sites = [site for site in group if isinstance(site, Site)]
+        for other in group:
+            if isinstance(other, Problem):
+                return Problem(Reason.SHARED_CACHE, f"{sites[0].key.buffer}: another attention stays: {other.detail}")
+        if any(site.dims != sites[0].dims for site in sites):
+            return Problem(Reason.SHARED_CACHE, f"{sites[0].key.buffer}: {[site.dims for site in sites]}")
+        if len({site.read.after_write for site in sites if site.read is not None}) > 1:
+            return Problem(Reason.SHARED_CACHE, f"{sites[0].key.buffer} is read before and after the write")
+        return self._escape(sites)
+
+    def _escape(self, sites: Sequence[Site]) -> Problem | None:
+        """What still needs a cache tensor once the sites over it are rewritten."""
+        buffers = {sites[0].key.buffer, sites[0].value.buffer}
         kept: list[object] = []
-        for write in (site.key, site.value):
+        for write in (sites[0].key, sites[0].value):
             kept += [write.new, write.positions, write.start, write.kept, write.offset]
-        if site.read is not None:
-            kept += [site.core.query, site.core.mask, site.core.sink, site.read.first]
+        rewritten: set[fx.Node] = set()
+        for site in sites:
+            if site.read is not None:
+                rewritten.add(site.core.node)
+                kept += [site.core.query, site.core.mask, site.core.sink, site.read.first]
         roots = [*self.outputs, *(value for value, buffer in self.mutations if buffer not in buffers)]
         roots += [n for n in self.graph.nodes if n.op == "call_function" and n.is_impure()]
         todo = [(n, n) for n in [*roots, *(n for n in kept if isinstance(n, fx.Node))]]
@@ -282,7 +305,7 @@ class _Matcher:
             if node in visited or node.target is aten.sym_size.int:
                 continue
             visited.add(node)
-            if site.read is None or node is not site.core.node:
+            if node not in rewritten:
                 todo += [(n, node) for n in node.all_input_nodes]
         return None
 
