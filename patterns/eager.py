@@ -119,12 +119,14 @@ class _Term:
         rank: dims of the logits there.
         factor: of the tensor; or the value that replaces; or the bound.
         where: which elements of a boolean tensor are replaced; None: the tensor is added.
+        half: the sum is in float16, where logits vanish in the least number.
     """
 
     tensor: fx.Node | None
     rank: int
     factor: float
     where: bool | None = None
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,9 +181,10 @@ class _Logits:
             raise _RefusedError(Reason.ATTENTION_FORM, f"{node} is not scaled by one number, or not the only one")
         self.softcap = abs(self.factor)
 
-    def add(self, tensor: fx.Node, rank: int, factor: float) -> None:
+    def add(self, node: fx.Node, tensor: fx.Node, factor: float) -> None:
         self._outermost(tensor)
-        self.terms.append(_Term(tensor, rank, self.factor * factor))
+        half = dtype(node) == dtype(tensor) == torch.float16
+        self.terms.append(_Term(tensor, len(shape(node)), self.factor * factor, half=half))
 
     def replace(self, tensor: fx.Node, rank: int, value: float, where: bool) -> None:
         self._outermost(tensor)
@@ -264,7 +267,7 @@ class _Reading:
             if not isinstance(beta, int | float) or not isinstance(alpha, int | float):
                 raise _RefusedError(Reason.ATTENTION_FORM, f"{node} scales by {beta} and {alpha}")
             if beta != 0:
-                self.logits.add(argument(node, "self"), len(shape(node)), beta)
+                self.logits.add(node, argument(node, "self"), beta)
             self.logits.scale(alpha)
         return _product(node)
 
@@ -298,7 +301,7 @@ class _Reading:
                 self.logits.shift_rows(node)
                 self.beside += maximum
             elif isinstance(other, fx.Node):
-                self.logits.add(other, rank, -alpha if minus else alpha)
+                self.logits.add(node, other, -alpha if minus else alpha)
             else:
                 raise _RefusedError(Reason.ATTENTION_FORM, f"{other} is added to the logits")
         elif node.target in {aten.cat.default, aten.pad.default, aten.constant_pad_nd.default}:
@@ -652,6 +655,10 @@ class _Reading:
             if term.where is None:
                 if element is None or not element.is_floating_point:
                     raise _RefusedError(Reason.MASK_FORM, f"{term.tensor} of {element} is added to the logits")
+                if term.half:
+                    least = computed(self.graph, aten.eq.Scalar, tensor, torch.finfo(torch.float16).min)
+                    tensor = computed(self.graph, aten.to.dtype, tensor, torch.float32)
+                    tensor = computed(self.graph, aten.masked_fill.Scalar, tensor, least, _VERY_NEGATIVE)
                 if term.factor != 1:
                     tensor = computed(self.graph, aten.mul.Tensor, tensor, term.factor)
                 made = tensor if made is None else computed(self.graph, aten.add.Tensor, made, tensor)
