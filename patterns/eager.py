@@ -415,7 +415,7 @@ class _Reading:
         if len(scaled) != 1 or scaled[0].target is not aten.mul.Tensor:
             return second.node
         left, right = scaled[0].args
-        share = right if left is second.node else left
+        share: Any = right if left is second.node else left
         of_share = peel(share) if isinstance(share, fx.Node) else None
         if of_share is None or of_share.source.target is not aten.sigmoid.default:
             return second.node

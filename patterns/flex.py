@@ -51,7 +51,8 @@ class _RefusedError(Exception):
 
 
 def _core(node: fx.Node) -> AttentionCore | Problem:
-    query, key, value, score_mod, blocks, scale, options, score_others, mask_others = (*node.args, (), ())[:9]
+    arguments: Any = (*node.args, (), ())[:9]
+    query, key, value, score_mod, blocks, scale, options, score_others, mask_others = arguments
     results = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
     if len(results) != 1 or len(node.users) != 1:
         return Problem(Reason.WEIGHTS_ESCAPE, f"{node} returns more than the attention, such as sums of its weights")
@@ -63,9 +64,9 @@ def _core(node: fx.Node) -> AttentionCore | Problem:
         grid = _Grid(node.graph, (*shape(query)[:3], shape(key)[2]), query.meta["val"].device)
         score = grid.score(score_mod, score_others)
         mask = grid.mask(blocks, mask_others, score)
-    factor, cap = scale * score.factor, None
+    factor, cap = scale * score.factor, None if score.outer is None else abs(score.outer)
     if score.outer is not None:  # outer * tanh(factor * x)
-        factor, cap = factor * score.outer, abs(score.outer)
+        factor *= score.outer
     return AttentionCore(results[0], query, key, value, mask, False, factor, True, "flex", cap)
 
 
@@ -86,6 +87,8 @@ class _Score:
     conditions: tuple[fx.Node, ...] = ()
 
     def scaled(self, by: float) -> _Score:
+        if by < 0 and self.conditions:
+            raise _RefusedError(Reason.MASK_FORM, f"what is hidden by -inf is scaled by {by:g}")
         terms = tuple((tensor, factor * by) for tensor, factor in self.terms)
         if self.outer is None:
             return _Score(self.factor * by, None, terms, self.conditions)
@@ -108,8 +111,13 @@ class _Taken:
 
 
 # Scalars of one value that are made like another scalar, and tensors of one value.
-_MADE = {aten.new_ones.default: 1, aten.ones_like.default: 1, aten.new_zeros.default: 0, aten.zeros_like.default: 0}
-_FILLED = {aten.ones.default: 1, aten.zeros.default: 0}
+_MADE: dict[object, int] = {
+    aten.new_ones.default: 1,
+    aten.ones_like.default: 1,
+    aten.new_zeros.default: 0,
+    aten.zeros_like.default: 0,
+}
+_FILLED: dict[object, int] = {aten.ones.default: 1, aten.zeros.default: 0}
 _MOVES = {
     aten.alias.default,
     aten.clone.default,
@@ -251,15 +259,14 @@ class _Grid:
 
     def _run(self, function: fx.Node, arguments: list[Any]) -> Any:
         """What a graph on scalars returns: a `_Score`, an `_At`, or a value that is the same at all positions."""
-        module = function.graph.owning_module.get_submodule(str(function.target))
-        assert isinstance(module, fx.GraphModule)
+        module: Any = getattr(function.graph.owning_module, str(function.target))
         values: dict[fx.Node, Any] = dict(zip(module.graph.find_nodes(op="placeholder"), arguments, strict=True))
         for node in module.graph.nodes:
             if node.op == "get_attr":
                 values[node] = self._constant(getattr(module, str(node.target)), node)
             elif node.op == "call_function":
                 values[node] = self._step(node, values)
-        result = module.graph.output_node().args[0]
+        result: Any = module.graph.output_node().args[0]
         return values[result[0] if isinstance(result, list | tuple) else result]
 
     def _constant(self, tensor: object, node: fx.Node) -> fx.Node:
@@ -276,14 +283,16 @@ class _Grid:
         if varies and node.target is aten.index.Tensor:
             return self._take(node, values)
         if varies and node.target in _MADE and shape(node) == ():
-            made, kind = _MADE[node.target], dtype(node)
-            return computed(self.graph, aten.full.default, [], made, dtype=kind, device=self.device)
+            number, kind = _MADE[node.target], dtype(node)
+            return computed(self.graph, aten.full.default, [], number, dtype=kind, device=self.device)
         pointwise = node.target in _SCALAR or torch.Tag.pointwise in getattr(node.target, "tags", ())
         if _compat.is_random(node.target) or (varies and not (pointwise and shape(node) == ())):
             raise _RefusedError(Reason.ATTENTION_FORM, f"{node} is no function of single positions")
 
         def given(n: fx.Node) -> Any:
-            return self._tensor(values[n]) if varies else values[n]
+            value = values[n]
+            number = isinstance(value, fx.Node) and not isinstance(value.meta.get("val"), torch.Tensor)
+            return self._tensor(value) if varies and not number and not isinstance(value, int | float) else value
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), given)
         made = computed(self.graph, node.target, *args, **kwargs)
@@ -293,10 +302,8 @@ class _Grid:
         """A scalar as a tensor of 4 dims, so that types are promoted as among scalars."""
         if isinstance(value, _At):
             return value.tensor
-        if not isinstance(value, fx.Node) or "val" not in value.meta or shape(value) != ():
+        if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor) or shape(value) != ():
             raise _RefusedError(Reason.ATTENTION_FORM, f"{value} is not one number for each position")
-        if not isinstance(value.meta["val"], torch.Tensor):
-            raise _RefusedError(Reason.ATTENTION_FORM, f"{value} is a size")
         return self._raised(value, [1, 1, 1, 1])
 
     def _take(self, node: fx.Node, values: dict[fx.Node, Any]) -> _At | _Taken:
@@ -315,15 +322,15 @@ class _Grid:
         if node.target in _MOVES and (element := dtype(node)) is not None and element.is_floating_point:
             return values[operand(node)]
         if node.target is aten.neg.default:
-            return values[node.args[0]].scaled(-1)
+            return values[operand(node)].scaled(-1)
         if node.target is aten.tanh.default:
-            score = values[node.args[0]]
+            score = values[operand(node)]
             if score.outer is None and not score.terms and not score.conditions:
                 return _Score(score.factor, 1.0)
         elif node.target in _CHOOSING:
             return self._chosen(node, values)
         elif node.target in _ADDING | _SCALING:
-            left, right = (values[x] if isinstance(x, fx.Node) else x for x in node.args[:2])
+            left, right = self._given(node, values)[:2]
             if node.target in _REVERSED:
                 left, right = right, left
             score, other = (left, right) if isinstance(left, _Score) else (right, left)
@@ -340,6 +347,10 @@ class _Grid:
                 return replace(score, terms=(*score.terms, (term, -1.0 if first and minus else 1.0)))
         raise _RefusedError(Reason.ATTENTION_FORM, f"{node} is another function of the score than factor, tanh and sum")
 
+    @staticmethod
+    def _given(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
+        return [values[x] if isinstance(x, fx.Node) else x for x in node.args]
+
     def _added(self, value: Any) -> fx.Node:
         if isinstance(value, int | float):
             value = computed(self.graph, aten.full.default, [], value, dtype=torch.float32, device=self.device)
@@ -347,7 +358,7 @@ class _Grid:
 
     def _chosen(self, node: fx.Node, values: dict[fx.Node, Any]) -> _Score:
         """The score where a condition holds, and nothing, -inf, elsewhere."""
-        condition, left, right = (values[x] if isinstance(x, fx.Node) else x for x in node.args)
+        condition, left, right = self._given(node, values)
         score, other = (left, right) if isinstance(left, _Score) else (right, left)
         if isinstance(condition, _Score) or constant(other) != -math.inf:
             raise _RefusedError(Reason.MASK_FORM, f"{node} puts something else than -inf in place of the score")

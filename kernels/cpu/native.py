@@ -364,7 +364,7 @@ def _attend_new(
     if admitted is not None:
         sums = sums.masked_fill(~admitted, -math.inf)
     if sink is not None:
-        column = sink[:, None]
-        out = torch.where((sums > -math.inf)[..., None], out * (sums - column).sigmoid()[..., None], 0.0).to(out.dtype)
-        sums = torch.logaddexp(sums, column)
+        share = sink[:, None]
+        out = torch.where((sums > -math.inf)[..., None], out * (sums - share).sigmoid()[..., None], 0.0).to(out.dtype)
+        sums = torch.logaddexp(sums, share)
     return _Dense(out.contiguous(), sums.contiguous())

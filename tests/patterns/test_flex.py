@@ -167,6 +167,10 @@ def small_instead(score, b, h, i, j):
     return torch.where(j <= i, score, -5.0)
 
 
+def turned_round(score, b, h, i, j):
+    return -torch.where(j <= i, score, -math.inf)
+
+
 def constant_score(score, b, h, i, j):
     return BIAS[b, 0, i, j]
 
@@ -179,6 +183,7 @@ def constant_score(score, b, h, i, j):
         (scaled_by_a_tensor, Reason.ATTENTION_FORM, "another function of the score"),
         (capped_after_a_bias, Reason.ATTENTION_FORM, "another function of the score"),
         (small_instead, Reason.MASK_FORM, "something else than -inf"),
+        (turned_round, Reason.MASK_FORM, "scaled by -1"),
         (constant_score, Reason.ATTENTION_FORM, "does not depend on the score"),
     ],
 )
