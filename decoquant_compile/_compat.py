@@ -193,6 +193,14 @@ def fake_mode() -> Any:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
+def faking(graph: fx.Graph) -> contextlib.AbstractContextManager[Any]:
+    """The FakeTensorMode of a graph's tensors, for those that are made from none; no mode if they are not fake."""
+    for node in graph.nodes:
+        if isinstance(value := node.meta.get("val"), FakeTensor):
+            return value.fake_mode
+    return contextlib.nullcontext()
+
+
 statically_known_true = symbolic_shapes.statically_known_true
 """Whether a condition on sizes holds for every run of a graph; adds no guard."""
 

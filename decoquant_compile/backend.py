@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -111,7 +111,7 @@ def find(
     formats = _formats([r for r in results if isinstance(r, Site)], normal, example_inputs, options)
     plans: list[Plan] = []
     for result in results:
-        finding, plan = _decide(result, normal, formats, options, done=len(plans))
+        finding, plan = _decide(result, normal, formats, options, {site.key.cache for site, _ in plans})
         report.findings.append(finding)
         log.debug("graph %s: %s", report.name, finding)
         if plan is not None:
@@ -135,28 +135,35 @@ def mentions_attention(gm: fx.GraphModule) -> bool:
 
 
 def _decide(
-    result: Site | Reject, normal: Normal, formats: Iterator[tuple[Format, Format]], options: Options, *, done: int
+    result: Site | Reject,
+    normal: Normal,
+    formats: Mapping[fx.Node, Format],
+    options: Options,
+    packed: Collection[fx.Node],
 ) -> tuple[Finding, Plan | None]:
-    """What becomes of an attention, when `done` others are to be rewritten; `formats` has the next site's."""
+    """What becomes of an attention, when others are to be rewritten whose caches of keys are `packed`."""
     if isinstance(result, Reject):
         return Finding.of(result, ""), None
-    key, value = next(formats)
+    key, value = formats[result.key.cache], formats[result.value.cache]
     source = "" if result.key.born else normal.source(result.key.buffer)
-    if options.max_rewrites is not None and done >= options.max_rewrites:
-        why = f"max_rewrites={options.max_rewrites}"
+    limit = options.max_rewrites
+    if limit is not None and len(packed) >= limit and result.key.cache not in packed:
+        why = f"max_rewrites={limit}"
         return replace(Finding.of(result, source, why), outcome="MAX_REWRITES"), None
     return Finding.of(result, source, f"K{key.bits} V{value.bits}"), (result, (key, value))
 
 
 def _formats(
     sites: Sequence[Site], normal: Normal, example_inputs: Sequence[Any], options: Options
-) -> Iterator[tuple[Format, Format]]:
-    """Packed formats of the keys and values of each site: those they are held in already, else as the options say."""
+) -> dict[fx.Node, Format]:
+    """Packed formats of the sites' caches: those they are held in already, else as the options say."""
     roles: tuple[Role, Role] = ("key", "value")
-    caches: list[tuple[Role, CacheWrite, Dims]] = []
+    caches: dict[fx.Node, tuple[Role, CacheWrite, Dims]] = {}
     for site in sites:
-        caches += [(role, write, site.dims) for role, write in zip(roles, (site.key, site.value), strict=True)]
-    holdings = [Holding(role, math.prod(map(_compat.hint_of, shape(write.cache)))) for role, write, _ in caches]
+        for role, write in zip(roles, (site.key, site.value), strict=True):
+            caches.setdefault(write.cache, (role, write, site.dims))
+    holdings = [Holding(role, math.prod(map(_compat.hint_of, shape(cache)))) for cache, (role, *_) in caches.items()]
+    widths = options.widths(holdings)
 
     def choose(role: Role, write: CacheWrite, dims: Dims, bits: int) -> Format:
         if not write.born:
@@ -166,8 +173,7 @@ def _formats(
         cache = write.cache.meta["val"]
         return Format(role, bits, cache.shape[dims[3]], cache.dtype, options.sinks, options.window)
 
-    chosen = [choose(*cache, bits) for cache, bits in zip(caches, options.widths(holdings), strict=True)]
-    return zip(chosen[::2], chosen[1::2], strict=True)
+    return {cache: choose(*what, bits) for (cache, what), bits in zip(caches.items(), widths, strict=True)}
 
 
 def _packed(

@@ -194,6 +194,9 @@ def _settle(gm: fx.GraphModule, traced: fx.GraphModule, mutated: Mapping[str, st
             graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         _guard_lengths(node)
+    for node in graph.nodes:
+        if node.op == "call_function" and _compat.higher_order_name(node.target) == "flex_attention":
+            _guard_blocks(node)
     graph.eliminate_dead_code()
     for name, constant in list(traced.named_buffers(recurse=False, remove_duplicate=False)):
         # AOTAutograd looks for a Dynamo source of every buffer; constants of the graph have none.
@@ -216,6 +219,17 @@ def _guard_lengths(attention: fx.Node) -> None:
         lengths.append(mask.meta["val"].shape[-1])
     for length in lengths[1:]:
         bool(length == lengths[0])  # asking adds the guard
+
+
+def _guard_blocks(attention: fx.Node) -> None:
+    """Guard that the blocks of a `flex_attention` cover its queries and keys, as its kernels do."""
+    query, key, *_ = attention.args
+    blocks: Any = attention.args[4]
+    for axis, operand in ((2, query), (3, key)):
+        assert isinstance(operand, fx.Node)
+        size = blocks[12 + axis]
+        size = size.meta["val"] if isinstance(size, fx.Node) else size
+        bool(blocks[3].meta["val"].shape[axis] * size >= operand.meta["val"].shape[2])  # asking adds the guard
 
 
 def _foreign(node: fx.Node) -> str | None:

@@ -114,8 +114,8 @@ def rewrite(normal: Normal, sites: Sequence[Site], formats: Sequence[tuple[Forma
 
     Args:
         normal: the normalised graph; it is changed in place.
-        sites: what to rewrite; no two share a cache tensor.
-        formats: packed format of the keys and of the values of each site.
+        sites: what to rewrite, in the graph's order, with all sites over the same caches.
+        formats: packed format of the keys and of the values of each site; the same for the same cache.
 
     Returns:
         The graph, finished for Inductor, with the inputs it takes now.
@@ -127,7 +127,7 @@ def rewrite(normal: Normal, sites: Sequence[Site], formats: Sequence[tuple[Forma
 class _Rewriter:
     normal: Normal
     bindings: list[Binding] = field(default_factory=list)
-    states: list[fx.Node] = field(default_factory=list)
+    states: dict[fx.Node, fx.Node] = field(default_factory=dict)  # by cache tensor
     examples: list[Tensor] = field(default_factory=list)
     rooms: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # by the key cache: its numbers
     numbers: list[torch.SymInt] = field(default_factory=list)
@@ -141,18 +141,21 @@ class _Rewriter:
     def run(self, sites: Sequence[Site], formats: Sequence[tuple[Format, Format]]) -> Rewritten:
         inputs = self.normal.placeholders
         sites = [self._full_mask(site) for site in sites]
+        storing = _storing(sites)
         for site, (key_format, value_format) in zip(sites, formats, strict=True):
+            if site not in storing:
+                continue
             self._note(site)
             self._bind(site.key, site.dims, key_format)
             self._bind(site.value, site.dims, value_format)
-        for site in sites:
+        for site in storing:
             if site.key.grows:
                 self._make_room(site.key)
         # Before the writes go: the probe copies nodes of the graph as it came.
         probe = _probe(self.normal.gm, inputs, self.wanted)
-        sizes = self._sizes(inputs, sites)
-        for number, (site, pair) in enumerate(zip(sites, formats, strict=True)):
-            self._replace(site, self.states[2 * number], self.states[2 * number + 1], *pair)
+        sizes = self._sizes(inputs, storing)
+        for site, pair in zip(sites, formats, strict=True):
+            self._replace(site, *pair, stores=site in storing)
         for old, new in self.replaced:  # last: one attention may be the operand of another
             old.replace_all_uses_with(new)
             self.graph.erase_node(old)
@@ -182,7 +185,7 @@ class _Rewriter:
             state = self.graph.placeholder(f"decoquant_state_{number}")
         example = torch.empty(_EXAMPLE_BYTES + 64 * number, dtype=torch.uint8, device=device)
         _compat.add_input_source(state, example, state.name)
-        self.states.append(state)
+        self.states[write.cache] = state
         self.examples.append(example)
         source = "" if write.born else self.normal.source(write.buffer)
         self.bindings.append(Binding(index, source, dims, format_, device, tuple(outputs), write.grows))
@@ -245,10 +248,9 @@ class _Rewriter:
             held = next((x for x in (write.positions, write.start, write.kept) if x is not None), None)
             self.wanted.append((held, site.core.mask if site.read is not None else None, first))
 
-    def _replace(
-        self, site: Site, key_state: fx.Node, value_state: fx.Node, key_format: Format, value_format: Format
-    ) -> None:
+    def _replace(self, site: Site, key_format: Format, value_format: Format, *, stores: bool) -> None:
         core = site.core
+        key_state, value_state = self.states[site.key.cache], self.states[site.value.cache]
         with self.graph.inserting_before(_after_all(site)):
             key, value = self._tokens(site.key, site.dims), self._tokens(site.value, site.dims)
             tokens = self._size(key, 2)
@@ -266,7 +268,7 @@ class _Rewriter:
 
             def attend(positions: fx.Node) -> None:
                 arguments = (core.query, key_state, value_state, key, value, positions, mask, core.scale, core.softcap)
-                sizes = (key_slots, first, length, key_format.key(), value_format.key())
+                sizes = (key_slots, first, length, key_format.key(), value_format.key(), core.sink)
                 result = self.graph.call_function(ops.attend, (*arguments, *sizes))
                 for target, others in core.result:
                     result = self.graph.call_function(target, (result, *others))
@@ -277,8 +279,9 @@ class _Rewriter:
                 held = site.key.kept
                 assert held is not None
                 attend(stored if site.key.grows else self._arange(held, tokens, key))
-            store(key_state, key, core.query, key_slots, key_format)
-            store(value_state, value, None, value_slots, value_format)
+            if stores:
+                store(key_state, key, core.query, key_slots, key_format)
+                store(value_state, value, None, value_slots, value_format)
             if site.read is not None and not appended:
                 attend(stored)
 
@@ -367,6 +370,16 @@ class _Rewriter:
         if isinstance(a, int) and isinstance(b, int):
             return function(a, b)
         return self.graph.call_function(function, (a, b))
+
+
+def _storing(sites: Sequence[Site]) -> list[Site]:
+    """Of the sites over one cache that which stores: the first, or the last where they read the cache as it was."""
+    chosen: dict[fx.Node, Site] = {}
+    for site in sites:
+        appended = site.read is not None and not site.read.after_write
+        if appended or site.key.cache not in chosen:
+            chosen[site.key.cache] = site
+    return [site for site in sites if chosen[site.key.cache] is site]
 
 
 def _after_all(site: Site) -> fx.Node:

@@ -11,7 +11,7 @@ from torch import Tensor
 from decoquant_compile.kernels import codec, tiles
 from decoquant_compile.kernels.codec import Role
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Of the stored format; part of every key, so that nothing compiled for one version reads another."""
 
 ALIGNMENT: Final = 64
@@ -161,7 +161,7 @@ class Format:
             object.__setattr__(self, "window", 0)
 
     def key(self) -> str:
-        """Compact form for operator arguments, such as ``"v3:key:4:128:bfloat16:4:64"``."""
+        """Compact form for operator arguments, such as ``"v4:key:4:128:bfloat16:4:64"``."""
         return f"v{VERSION}:{self.role}:{self.bits}:{self.head_dim}:{_NAMES[self.dtype]}:{self.sinks}:{self.window}"
 
     @staticmethod

@@ -16,15 +16,15 @@ from decoquant_compile.kernels.format import Format
 _LIBRARY: Final = torch.library.Library("decoquant", "DEF")
 
 _STORE: Final = (
-    "store_v3(Tensor(a!) state, Tensor new, Tensor positions, Tensor? query, Tensor? mask, SymInt slots, SymInt shift,"
+    "store_v4(Tensor(a!) state, Tensor new, Tensor positions, Tensor? query, Tensor? mask, SymInt slots, SymInt shift,"
     " SymInt first, str format, Tensor? rows=None) -> ()"
 )
 _ATTEND: Final = (
-    "attend_v3(Tensor query, Tensor key_state, Tensor value_state, Tensor key, Tensor value, Tensor positions,"
+    "attend_v4(Tensor query, Tensor key_state, Tensor value_state, Tensor key, Tensor value, Tensor positions,"
     " Tensor? mask, float? scale, float? softcap, SymInt slots, SymInt first, SymInt length,"
-    " str key_format, str value_format) -> Tensor"
+    " str key_format, str value_format, Tensor? sink=None) -> Tensor"
 )
-_DEQUANTISE: Final = "dequantise_v3(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format) -> Tensor"
+_DEQUANTISE: Final = "dequantise_v4(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format) -> Tensor"
 
 
 def _store(
@@ -57,10 +57,11 @@ def _attend(
     length: int,
     key_format: str,
     value_format: str,
+    sink: Tensor | None = None,
 ) -> Tensor:
     return reference.attend(
         query, key_state, value_state, key, value, positions, mask, scale, softcap, slots, first, length,
-        Format.parse(key_format), Format.parse(value_format),
+        Format.parse(key_format), Format.parse(value_format), sink,
     )  # fmt: skip
 
 
@@ -72,8 +73,8 @@ def _store_fake(*_args: object, **_kwargs: object) -> None:
     """A write has no result."""
 
 
-def _attend_fake(query: Tensor, *args: object) -> Tensor:
-    value_format = args[-1]
+def _attend_fake(query: Tensor, *args: object, **_kwargs: object) -> Tensor:
+    value_format = args[12]  # a sink may follow
     assert isinstance(value_format, str)
     return query.new_empty((*query.shape[:3], Format.parse(value_format).head_dim))
 
@@ -106,9 +107,9 @@ _register(_STORE, _store, _store_fake)
 _register(_ATTEND, _attend, _attend_fake)
 _register(_DEQUANTISE, _dequantise, _dequantise_fake)
 
-store: Final = torch.ops.decoquant.store_v3.default
+store: Final = torch.ops.decoquant.store_v4.default
 """`reference.store` with the format as a key."""
-attend: Final = torch.ops.decoquant.attend_v3.default
+attend: Final = torch.ops.decoquant.attend_v4.default
 """`reference.attend` with the formats as keys."""
-dequantise: Final = torch.ops.decoquant.dequantise_v3.default
+dequantise: Final = torch.ops.decoquant.dequantise_v4.default
 """`reference.dequantise` with the format as a key."""

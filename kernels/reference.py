@@ -628,12 +628,13 @@ def _take(weights: Tensor, place: Tensor) -> Tensor:
     return taken
 
 
-def _softmax(logits: Tensor, mask: Tensor | None, groups: int, queries: int) -> Tensor:
+def _softmax(logits: Tensor, mask: Tensor | None, sink: Tensor | None, groups: int, queries: int) -> Tensor:
     """Softmax over the last axis under a mask, zeros where nothing is admitted.
 
     Args:
         logits: float32 ``[batch, heads, groups * queries, length]``.
         mask: ``[batch | 1, heads * groups | 1, queries | 1, length]`` or None.
+        sink: a logit for each query head that takes a share and is left out, ``[heads * groups]``, or None.
         groups: query heads per KV head.
         queries: queries per head.
     """
@@ -643,8 +644,15 @@ def _softmax(logits: Tensor, mask: Tensor | None, groups: int, queries: int) -> 
         masked = view.masked_fill(~split, -math.inf) if mask.dtype == torch.bool else view + split.float()
         logits = masked.flatten(2, 3)
     peak = logits.amax(-1, keepdim=True)
-    weights = (logits - peak.masked_fill(peak == -math.inf, 0.0)).exp_()
-    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    if sink is not None:
+        sink = sink.float().unflatten(0, (-1, groups)).repeat_interleave(queries, 1)[..., None]
+        peak = torch.maximum(peak, sink)
+    peak = peak.masked_fill(peak == -math.inf, 0.0)
+    weights = (logits - peak).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + (sink - peak).exp()
+    return weights / total.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def check_attend(
@@ -656,6 +664,7 @@ def check_attend(
     length: int,
     kf: Format,
     vf: Format,
+    sink: Tensor | None,
 ) -> None:
     """Raises a ValueError if the arguments of `attend` do not fit together."""
     if kf.role != "key" or vf.role != "value":
@@ -677,6 +686,8 @@ def check_attend(
                 f"mask must be [{batch} or 1, {query.shape[1]} or 1, {query.shape[2]} or 1, {length}], "
                 f"got {tuple(mask.shape)}"
             )
+    if sink is not None and sink.shape != (query.shape[1],):
+        raise ValueError(f"sink must be [{query.shape[1]}], got {tuple(sink.shape)}")
 
 
 @torch.no_grad()
@@ -695,6 +706,7 @@ def attend(
     length: int,
     key_form: Format,
     value_form: Format,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Attention over packed caches; equals dense attention over `dequantise` with the new tokens put in place.
 
@@ -719,6 +731,8 @@ def attend(
         length: length of the axis.
         key_form: format of `key_state`.
         value_form: format of `value_state`.
+        sink: float32 ``[query_heads]``, a logit of each head beside those of the keys, as they are after scale, softcap
+            and mask: it joins the sum of the softmax and has no value. None: there is none.
 
     Returns:
         ``[batch, query_heads, queries, value_head_dim]`` in the query's dtype, contiguous.
@@ -726,7 +740,7 @@ def attend(
     Raises:
         ValueError: a tensor of the wrong shape, or formats of the wrong role.
     """
-    check_attend(query, key, value, positions, mask, length, key_form, value_form)
+    check_attend(query, key, value, positions, mask, length, key_form, value_form, sink)
     batch, heads = key.shape[:2]
     query_heads, queries = query.shape[1:3]
     groups = query_heads // heads
@@ -750,7 +764,7 @@ def attend(
         if softcap is not None:
             logits = softcap * (logits / softcap).tanh()
         rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, block]
-        weights = F.pad(_softmax(logits, rows, groups, block.stop - block.start), (0, 1))
+        weights = F.pad(_softmax(logits, rows, sink, groups, block.stop - block.start), (0, 1))
         mixed = _take(weights, place) @ exact_values
         mixed += values.mix(weights)
         out[:, :, :, block] = mixed.unflatten(2, (groups, -1)).to(query.dtype)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from decoquant_compile import _compat
-from decoquant_compile.patterns import eager
+from decoquant_compile.patterns import eager, flex
 from decoquant_compile.patterns.core import AttentionCore, mask_problem
 from decoquant_compile.patterns.reject import Problem, Reason, Reject
 from decoquant_compile.patterns.symbols import argument, shape
@@ -22,7 +21,7 @@ def readers(graph: fx.Graph) -> set[fx.Node]:
     """The nodes at which attention weights are made or applied: what flows in there has been read by an attention."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "call_function" and (node.target is SDPA or _is_flex(node)):
+        if node.op == "call_function" and (node.target is SDPA or flex.is_flex(node)):
             found.add(node)
         elif node.target in eager.SOFTMAX:
             found |= {node, *eager.products_after(node)}
@@ -32,8 +31,7 @@ def readers(graph: fx.Graph) -> set[fx.Node]:
 def cores(graph: fx.Graph) -> list[AttentionCore | Reject]:
     """Every attention of a graph, in its order.
 
-    The `flex_attention` operator is found and rejected. Reading an attention that is spelled out may add nodes to the
-    graph that nothing in it uses.
+    Reading an attention that is no SDPA may add nodes to the graph that nothing in it uses.
     """
     found: list[AttentionCore | Reject] = []
     for node in list(graph.nodes):
@@ -41,10 +39,10 @@ def cores(graph: fx.Graph) -> list[AttentionCore | Reject]:
             continue
         if node.target is SDPA:
             found.append(_sdpa(node))
-        elif _is_flex(node):
-            found.append(Reject(Reason.ATTENTION_FORM, node.name, "flex_attention"))
+        elif flex.is_flex(node):
+            found.append(_judged(node, flex.read(node)))
         elif node.target in eager.SOFTMAX and eager.is_attention(node):
-            found.append(_eager(node))
+            found.append(_judged(node, eager.read(node)))
     return found
 
 
@@ -69,15 +67,10 @@ def _sdpa(node: fx.Node) -> AttentionCore | Reject:
     return _with_mask(core)
 
 
-def _eager(node: fx.Node) -> AttentionCore | Reject:
-    core = eager.read(node)
+def _judged(node: fx.Node, core: AttentionCore | Problem) -> AttentionCore | Reject:
     return Reject(core.reason, node.name, core.detail) if isinstance(core, Problem) else _with_mask(core)
 
 
 def _with_mask(core: AttentionCore) -> AttentionCore | Reject:
     problem = mask_problem(core)
     return core if problem is None else Reject(problem.reason, core.node.name, problem.detail, core)
-
-
-def _is_flex(node: fx.Node) -> bool:
-    return _compat.higher_order_name(node.target) == "flex_attention"

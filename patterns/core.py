@@ -14,7 +14,7 @@ from decoquant_compile.patterns.symbols import dtype, known, shape
 
 @dataclass(frozen=True)
 class AttentionCore:
-    """One attention, as `torch.nn.functional.scaled_dot_product_attention` defines it, with a softcap.
+    """One attention, as `torch.nn.functional.scaled_dot_product_attention` defines it, with a softcap and a sink.
 
     Attributes:
         node: its node.
@@ -28,6 +28,8 @@ class AttentionCore:
         enable_gqa: query heads follow one another in groups that share a key-value head.
         form: how the graph spells it.
         softcap: logits become `softcap * tanh(logits / softcap)` before the mask; None leaves them.
+        sink: float32 [query heads], a logit of each head beside those of the keys, as they are after the mask; it joins
+            the sum of the softmax and has no value. None: there is none.
         result: what makes the value of `node` of [batch, query heads, queries, value channels] in the query's dtype:
             operators, each with its arguments after the first.
     """
@@ -42,6 +44,7 @@ class AttentionCore:
     enable_gqa: bool = False
     form: str = "sdpa"
     softcap: float | None = None
+    sink: fx.Node | None = None
     result: tuple[tuple[Any, tuple[Any, ...]], ...] = ()
 
 

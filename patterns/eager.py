@@ -1,16 +1,33 @@
-"""Attention spelled out: a softmax between two matrix products."""
+"""Attention spelled out: a softmax between two matrix products.
+
+A sink (gpt-oss) is a learned logit of each query head beside those of the keys, without a value. It is spelled as a
+column that joins the logits and is left out of the weights, or, as it takes the share 1 - p of every weight, as a
+factor p = sigmoid(logsumexp(logits) - sink) of what comes out.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import operator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from decoquant_compile.patterns.core import AttentionCore
-from decoquant_compile.patterns.movement import MOVEMENT, REGROUPING, constant, moves, operand, scaling
+from decoquant_compile.patterns.movement import (
+    MOVEMENT,
+    REGROUPING,
+    Walk,
+    constant,
+    is_identity,
+    moves,
+    operand,
+    peel,
+    scaling,
+    sliced,
+)
 from decoquant_compile.patterns.reject import Problem, Reason
 from decoquant_compile.patterns.symbols import (
     Size,
@@ -31,8 +48,10 @@ _PRODUCT = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.ei
 _BETWEEN = {
     *MOVEMENT,
     aten.cat.default,
+    aten.constant_pad_nd.default,
     aten.dropout.default,
     aten.masked_fill.Tensor,
+    aten.pad.default,
     aten.where.ScalarOther,
     aten.where.ScalarSelf,
 }
@@ -100,12 +119,29 @@ class _Term:
         rank: dims of the logits there.
         factor: of the tensor; or the value that replaces; or the bound.
         where: which elements of a boolean tensor are replaced; None: the tensor is added.
+        half: the sum is in float16, where logits vanish in the least number.
     """
 
     tensor: fx.Node | None
     rank: int
     factor: float
     where: bool | None = None
+    half: bool = False
+
+
+@dataclass(frozen=True)
+class _Sink:
+    """A column beside the logits of the keys.
+
+    Attributes:
+        tensor: broadcasts to logits of `rank` dims and one key.
+        rank: dims of the logits there.
+        factor: of the tensor.
+    """
+
+    tensor: fx.Node
+    rank: int
+    factor: float
 
 
 @dataclass
@@ -116,6 +152,7 @@ class _Logits:
     softcap: float | None = None
     terms: list[_Term] = field(default_factory=list)  # the last applied first
     rows: list[tuple[Any, fx.Node, int]] = field(default_factory=list)  # operator, tensor without keys, rank
+    sink: _Sink | None = None
 
     def scale(self, factor: float) -> None:
         self.factor *= factor
@@ -123,15 +160,31 @@ class _Logits:
     def scale_rows(self, target: Any, tensor: fx.Node, rank: int) -> None:
         self.rows.append((target, tensor, rank))
 
+    def shift(self, value: float) -> None:
+        """A softmax does not see what is added to all."""
+        if self.softcap is not None or self.sink is not None or not abs(value * self.factor) <= _SHIFT:
+            raise _RefusedError(Reason.ATTENTION_FORM, f"{value:g} is added to the logits")
+
+    def shift_rows(self, node: fx.Node) -> None:
+        """Nor what is added to all of a query, however large, unless something else follows."""
+        if self.softcap is not None or self.sink is not None or self.rows or self.terms:
+            raise _RefusedError(Reason.ATTENTION_FORM, f"{node} moves the logits before they are masked, or capped")
+
+    def join(self, tensor: fx.Node, rank: int) -> None:
+        if self.softcap is not None or self.sink is not None or self.rows or self.terms:
+            raise _RefusedError(Reason.ATTENTION_FORM, f"{tensor} joins the logits before they are masked, or capped")
+        self.sink = _Sink(tensor, rank, self.factor)
+
     def cap(self, node: fx.Node) -> None:
         """`a * tanh(b * x)` is a softcap of `|a|` over logits `a * b * x`."""
         if self.softcap is not None or self.rows or not 0 < abs(self.factor) < math.inf:
             raise _RefusedError(Reason.ATTENTION_FORM, f"{node} is not scaled by one number, or not the only one")
         self.softcap = abs(self.factor)
 
-    def add(self, tensor: fx.Node, rank: int, factor: float) -> None:
+    def add(self, node: fx.Node, tensor: fx.Node, factor: float) -> None:
         self._outermost(tensor)
-        self.terms.append(_Term(tensor, rank, self.factor * factor))
+        half = dtype(node) == dtype(tensor) == torch.float16
+        self.terms.append(_Term(tensor, len(shape(node)), self.factor * factor, half=half))
 
     def replace(self, tensor: fx.Node, rank: int, value: float, where: bool) -> None:
         self._outermost(tensor)
@@ -165,6 +218,7 @@ class _Reading:
         self.graph = softmax.graph
         self.path: list[fx.Node] = []  # the softmax, what it is made from, and its weights
         self.logits = _Logits()
+        self.beside: list[fx.Node] = []  # what else is made of the logits and accounted for
         self.order: list[int] = []  # of the dims of the logits, where queries are not the last but one
 
     def core(self) -> AttentionCore:
@@ -173,9 +227,11 @@ class _Reading:
             raise _RefusedError(Reason.ATTENTION_FORM, f"softmax over dim {axis} of {rank}")
         first = self._back()
         weights, second = self._forward()
-        for node in self.path:
-            if others := [user for user in node.users if user not in {*self.path, second.node}]:
-                raise _RefusedError(Reason.WEIGHTS_ESCAPE, f"{node} is used by {others[0]}")
+        node = self._scaled_by_sink(second)
+        ours = {*self.path, *self.beside, second.node}
+        for made in (*self.path, *self.beside):
+            if others := [user for user in made.users if user not in ours and user is not node]:
+                raise _RefusedError(Reason.WEIGHTS_ESCAPE, f"{made} is used by {others[0]}")
         key_side = 0 if first.out[-1] in first.letters[0] else 1
         self._set_order(first, 1 - key_side)
         self._set_heads()
@@ -184,13 +240,16 @@ class _Reading:
             key, shared = self._key(first, key_side)
             value, result = self._value(second, weights)
             mask = self._mask()
-        if dtype(query) != dtype(second.node):
-            result = (*result, (aten.to.dtype, (dtype(second.node),)))
+            sink = self._sink()
+        if node is not second.node and result:
+            raise _RefusedError(Reason.LAYOUT, f"{node} scales another order of dims")
+        if dtype(query) != dtype(node):
+            result = (*result, (aten.to.dtype, (dtype(node),)))
         capped = self.logits.softcap
         scale = self.logits.factor
         if not math.isfinite(scale):
             raise _RefusedError(Reason.ATTENTION_FORM, f"the logits are scaled by {scale}")
-        return AttentionCore(second.node, query, key, value, mask, False, scale, shared, "eager", capped, result)
+        return AttentionCore(node, query, key, value, mask, False, scale, shared, "eager", capped, sink, result)
 
     # -------------------------------------------------------------------------------------------------- along the path
 
@@ -208,7 +267,7 @@ class _Reading:
             if not isinstance(beta, int | float) or not isinstance(alpha, int | float):
                 raise _RefusedError(Reason.ATTENTION_FORM, f"{node} scales by {beta} and {alpha}")
             if beta != 0:
-                self.logits.add(argument(node, "self"), len(shape(node)), beta)
+                self.logits.add(node, argument(node, "self"), beta)
             self.logits.scale(alpha)
         return _product(node)
 
@@ -236,13 +295,17 @@ class _Reading:
             alpha = argument(node, "alpha")
             if not isinstance(alpha, int | float):
                 raise _RefusedError(Reason.ATTENTION_FORM, f"{node} scales by {alpha}")
-            if (shift := constant(other)) is not None:  # a softmax does not see what is added to all
-                if self.logits.softcap is not None or not abs(shift * self.logits.factor) <= _SHIFT:
-                    raise _RefusedError(Reason.ATTENTION_FORM, f"{-shift if minus else shift:g} is added to the logits")
+            if (shift := constant(other)) is not None:
+                self.logits.shift(-shift if minus else shift)
+            elif maximum := _row_maximum(other, source):
+                self.logits.shift_rows(node)
+                self.beside += maximum
             elif isinstance(other, fx.Node):
-                self.logits.add(other, rank, -alpha if minus else alpha)
+                self.logits.add(node, other, -alpha if minus else alpha)
             else:
                 raise _RefusedError(Reason.ATTENTION_FORM, f"{other} is added to the logits")
+        elif node.target in {aten.cat.default, aten.pad.default, aten.constant_pad_nd.default}:
+            return self._joined(node)
         elif node.target is aten.tanh.default:
             source = operand(node)
             self.logits.cap(node)
@@ -283,22 +346,101 @@ class _Reading:
             raise _RefusedError(Reason.ATTENTION_FORM, f"{node} puts {by} in place of logits")
         self.logits.replace(mask, len(shape(node)), value, where)
 
+    def _joined(self, node: fx.Node) -> fx.Node:
+        """The logits that a sink joins as their first or last column."""
+        rank = len(shape(node))
+        if node.target is not aten.cat.default:
+            return self._padded(node)
+        parts = argument(node, "tensors")
+        logits = [part for part in parts if _leads_back(part)]
+        if len(parts) != 2 or len(logits) != 1 or argument(node, "dim") % rank != rank - 1:
+            raise _RefusedError(Reason.ATTENTION_FORM, f"{node} joins more than logits and a sink")
+        self.sink_first = parts[1] is logits[0]
+        sink = parts[0 if self.sink_first else 1]
+        if not known(shape(sink)[-1] == 1):
+            raise _RefusedError(Reason.ATTENTION_FORM, f"{node} joins {shape(sink)[-1]} columns to the logits")
+        self.logits.join(sink, rank)
+        return logits[0]
+
+    def _padded(self, node: fx.Node) -> fx.Node:
+        """The logits beside which a padding puts a number: a sink of all heads."""
+        pad, value, mode = argument(node, "pad"), argument(node, "value"), "constant"
+        if node.target is aten.pad.default:
+            mode = argument(node, "mode")
+        if mode != "constant" or pad[2:] != [0] * len(pad[2:]) or pad[:2] not in ([0, 1], [1, 0]):
+            raise _RefusedError(Reason.ATTENTION_FORM, f"{node} joins more than logits and a sink")
+        self.sink_first = pad[0] == 1
+        with self.graph.inserting_before(node):
+            device = node.meta["val"].device
+            sink = computed(self.graph, aten.full.default, [1], value or 0.0, dtype=torch.float32, device=device)
+        self.logits.join(sink, len(shape(node)))
+        return operand(node)
+
+    def _leaves_sink_out(self, node: fx.Node) -> bool:
+        """Whether a node takes all weights but those of the sink."""
+        if node.target is not aten.slice.Tensor or argument(node, "dim") % len(shape(node)) != len(shape(node)) - 1:
+            return False
+        span = sliced(node)
+        one_less = known(shape(node)[-1] + 1 == shape(operand(node))[-1])
+        return span is not None and one_less and span.first == int(self.sink_first)
+
     def _forward(self) -> tuple[fx.Node, _Product]:
         """From the softmax to the product of weights and values."""
         weights = self.softmax
+        whole = self.logits.sink is not None
         while True:
             users = list(weights.users)
             if len(users) != 1:
                 raise _RefusedError(Reason.WEIGHTS_ESCAPE, f"{weights} is used by {', '.join(u.name for u in users)}")
             node = users[0]
             if node.target in _PRODUCT and node.target is not aten.baddbmm.default:
+                if whole:
+                    raise _RefusedError(Reason.ATTENTION_FORM, f"{self.logits.sink} has a value")
                 return weights, _product(node)
+            if whole and self._leaves_sink_out(node):
+                whole = False
+                self.path.append(node)
+                weights = node
+                continue
             if node.target is aten.dropout.default:  # one that does nothing is not in a normal graph
                 raise _RefusedError(Reason.DROPOUT, f"{node} of {argument(node, 'p')}")
             if not _keeps_pairs(node):
                 raise _RefusedError(Reason.ATTENTION_FORM, f"{node} stands between the softmax and the values")
             self.path.append(node)
             weights = node
+
+    def _scaled_by_sink(self, second: _Product) -> fx.Node:
+        """The node that scales the product by `sigmoid(logsumexp(logits) - sink)`; the product if there is none."""
+        scaled = list(second.node.users)
+        if len(scaled) != 1 or scaled[0].target is not aten.mul.Tensor:
+            return second.node
+        left, right = scaled[0].args
+        share: Any = right if left is second.node else left
+        of_share = peel(share) if isinstance(share, fx.Node) else None
+        if of_share is None or of_share.source.target is not aten.sigmoid.default:
+            return second.node
+        of_sigmoid = peel(operand(of_share.source))
+        difference = of_sigmoid.source
+        if difference.target is not aten.sub.Tensor or not all(isinstance(x, fx.Node) for x in difference.args):
+            return second.node
+        of_difference, sink = peel(operand(difference)), argument(difference, "other")
+        sums, logits, rank = of_difference.source, self.path[1], len(shape(self.softmax))
+        if sums.target is not aten.logsumexp.default or operand(sums) is not logits:
+            return second.node
+        walks = of_share, of_sigmoid, of_difference
+        fits = (
+            same_shape(shape(share), (*shape(logits)[:-1], 1))
+            and same_shape(shape(scaled[0]), shape(second.node))
+            and same_shape(shape(difference), shape(operand(difference)))
+        )
+        if not fits or self.logits.sink is not None or not all(_in_order(walk) for walk in walks):
+            raise _RefusedError(Reason.ATTENTION_FORM, f"{scaled[0]} scales by what is not the share of a sink")
+        if len(shape(sums)) < rank:
+            with self.graph.inserting_before(second.node):
+                sink = computed(self.graph, aten.unsqueeze.default, sink, -1)
+        self.logits.sink = _Sink(sink, rank, 1.0)
+        self.beside += [sums, difference, of_share.source, *(node for walk in walks for node in walk.nodes)]
+        return scaled[0]
 
     # -------------------------------------------------------------------------------------------------------- the dims
 
@@ -472,6 +614,27 @@ class _Reading:
             return computed(self.graph, aten.flatten.using_ints, node, 1, 2)
         return node
 
+    def _sink(self) -> fx.Node | None:
+        """One logit for each query head."""
+        sink = self.logits.sink
+        if sink is None:
+            return None
+        node = self._four_dims(sink.tensor, sink.rank)
+        while len(shape(node)) < 4:
+            node = computed(self.graph, aten.unsqueeze.default, node, 0)
+        batch, _, query, _ = peel(node).axes.dims
+        if any(isinstance(atom, int) for atom in (*batch, *query)):
+            raise _RefusedError(Reason.ATTENTION_FORM, f"{sink.tensor} is another sink for each batch or query")
+        for dim in (0, 1, 1):
+            node = computed(self.graph, aten.select.int, node, dim, 0)
+        if known(shape(node)[0] == 1) and not known(self.heads == 1):
+            if not isinstance(self.heads, int):
+                raise _RefusedError(Reason.UNDECIDED_SIZE, f"{self.heads} heads share {sink.tensor}")
+            node = computed(self.graph, aten.expand.default, node, [self.heads])
+        if dtype(node) != torch.float32:
+            node = computed(self.graph, aten.to.dtype, node, torch.float32)
+        return node if sink.factor == 1 else computed(self.graph, aten.mul.Tensor, node, sink.factor)
+
     def _mask(self) -> fx.Node | None:
         """All terms in one."""
         terms = self.logits.terms
@@ -492,6 +655,10 @@ class _Reading:
             if term.where is None:
                 if element is None or not element.is_floating_point:
                     raise _RefusedError(Reason.MASK_FORM, f"{term.tensor} of {element} is added to the logits")
+                if term.half:
+                    least = computed(self.graph, aten.eq.Scalar, tensor, torch.finfo(torch.float16).min)
+                    tensor = computed(self.graph, aten.to.dtype, tensor, torch.float32)
+                    tensor = computed(self.graph, aten.masked_fill.Scalar, tensor, least, _VERY_NEGATIVE)
                 if term.factor != 1:
                     tensor = computed(self.graph, aten.mul.Tensor, tensor, term.factor)
                 made = tensor if made is None else computed(self.graph, aten.add.Tensor, made, tensor)
@@ -528,6 +695,30 @@ def _product(node: fx.Node) -> _Product:
     outer = "uvw"[: max(ranks) - 2]
     mine, theirs = (outer[len(outer) + 2 - rank :] for rank in ranks)
     return _Product(node, (left, right), (mine + "ij", theirs + "jk"), outer + "ik")
+
+
+def _row_maximum(node: object, logits: object) -> list[fx.Node]:
+    """The nodes that compute the maximum over the keys of some logits, if `node` is that."""
+    found: list[fx.Node] = []
+    while isinstance(node, fx.Node) and moves(node) and same_shape(shape(node), shape(operand(node))):
+        found.append(node)
+        node = operand(node)
+    if isinstance(node, fx.Node) and node.target is operator.getitem and node.args[1] == 0:
+        found.append(node)
+        node = node.args[0]
+        of_max = isinstance(node, fx.Node) and node.target is aten.max.dim
+    else:
+        of_max = isinstance(node, fx.Node) and node.target is aten.amax.default
+    if not of_max or not isinstance(node, fx.Node) or node.args[0] is not logits:
+        return []
+    dims, rank = argument(node, "dim"), len(shape(operand(node)))
+    last = [d % rank for d in (dims if isinstance(dims, list) else [dims])] == [rank - 1]
+    return [*found, node] if last and argument(node, "keepdim") else []
+
+
+def _in_order(walk: Walk) -> bool:
+    """Whether a walk only casts, and adds or drops dims of size 1."""
+    return is_identity(replace(walk, axes=replace(walk.axes, dtypes=walk.axes.dtypes[:1])))
 
 
 def _keeps_pairs(node: fx.Node) -> bool:

@@ -53,7 +53,7 @@ class CacheRead:
 
 @dataclass(frozen=True)
 class Site:
-    """One attention over one cache.
+    """One attention over one cache. Sites may share a cache: all are rewritten then, or none.
 
     Attributes:
         core: the attention; its keys are as many as the size of `core.key`.
@@ -122,7 +122,7 @@ class _Matcher:
         for output in dict.fromkeys(self.outputs):
             if len(shape(output)) >= 3 and (write := parse_returned(output)) is not None:
                 self._learn(output, output, write)
-        self.read_by: dict[fx.Node, list[fx.Node]] = {}  # cache -> attentions, once for each operand
+        self.read_by: dict[fx.Node, dict[fx.Node, object]] = {}  # cache -> attentions -> caches of keys and values
 
     def _learn(self, cache: fx.Node, value: fx.Node, write: CacheWrite | Problem) -> None:
         if isinstance(write, Problem):
@@ -144,15 +144,23 @@ class _Matcher:
             if isinstance(core, AttentionCore):
                 pair = self._resolve(core.key, scaled=True), self._resolve(core.value)
                 operands[core.node] = pair
-                for side in pair:
-                    if isinstance(side, _Operand):
-                        self.read_by.setdefault(side.write.cache, []).append(core.node)
+                caches = tuple(side.write.cache for side in pair if isinstance(side, _Operand))
+                for cache in caches:
+                    self.read_by.setdefault(cache, {})[core.node] = caches
+        joined: dict[fx.Node, Site | Problem] = {}
+        for core in found:
+            if isinstance(core, AttentionCore):
+                joined[core.node] = self._join(core, *operands[core.node])
+        for cache in {site.key.cache: None for site in joined.values() if isinstance(site, Site)}:
+            group = {node: joined[node] for node in self.read_by[cache]}
+            if (problem := self._share(list(group.values()))) is not None:
+                joined |= {node: problem for node, site in group.items() if isinstance(site, Site)}
         results: list[Site | Reject] = []
         for core in found:
             if isinstance(core, Reject):
                 results.append(core)
                 continue
-            site = self._join(core, *operands[core.node])
+            site = joined[core.node]
             results.append(site if isinstance(site, Site) else Reject(site.reason, core.node.name, site.detail, core))
         unread = (c for c in self.writes if len(shape(c)) == 4 and c not in self.read_by and not self._is_read(c))
         results += [Reject(Reason.WRITE_NOT_READ, c.name) for c in unread if not self.writes[c].returned]
@@ -216,8 +224,9 @@ class _Matcher:
         if k.cache is v.cache:
             return Problem(Reason.SAME_TENSOR, k.cache.name)
         for cache in (k.cache, v.cache):
-            if (attentions := self.read_by[cache]) != [core.node]:
-                return Problem(Reason.SHARED_CACHE, f"{cache}: {', '.join(n.name for n in attentions)}")
+            if any(others != (k.cache, v.cache) for others in self.read_by[cache].values()):
+                names = ", ".join(n.name for n in self.read_by[cache])
+                return Problem(Reason.SHARED_CACHE, f"{cache} is read with other caches: {names}")
         for side in (key, value):
             if dtype(side.write.cache) not in _FLOATS:
                 return Problem(Reason.DTYPE, f"{side.write.cache} is {dtype(side.write.cache)}")
@@ -242,19 +251,33 @@ class _Matcher:
         if key.walk.factor != 1:
             scale = shape(core.query)[-1] ** -0.5 if core.scale is None else core.scale
             core = replace(core, scale=scale * key.walk.factor)
-        site = Site(core, k, v, read, key_dims, groups)
-        return self._escape(site) or site
+        return Site(core, k, v, read, key_dims, groups)
 
-    def _escape(self, site: Site) -> Problem | None:
-        """What still needs a cache tensor once the site is rewritten."""
-        sides = (site.key, site.value)
+    def _share(self, group: Sequence[Site | Problem]) -> Problem | None:
+        """What keeps all attentions over one cache from being rewritten together."""
+        sites = [site for site in group if isinstance(site, Site)]
+        for other in group:
+            if isinstance(other, Problem):
+                return Problem(Reason.SHARED_CACHE, f"{sites[0].key.cache}: another attention stays: {other.detail}")
+        if any(site.dims != sites[0].dims for site in sites):
+            return Problem(Reason.SHARED_CACHE, f"{sites[0].key.cache}: {[site.dims for site in sites]}")
+        if len({site.read.after_write for site in sites if site.read is not None}) > 1:
+            return Problem(Reason.SHARED_CACHE, f"{sites[0].key.cache} is read before and after the write")
+        return self._escape(sites)
+
+    def _escape(self, sites: Sequence[Site]) -> Problem | None:
+        """What still needs a cache tensor once the sites over it are rewritten."""
+        sides = (sites[0].key, sites[0].value)
         held = {node for w in sides for node in ((w.seen, w.value) if w.born else (w.buffer,))}
         ours = {write.cache for write in sides}
         kept: list[object] = []
-        for write in (site.key, site.value):
+        for write in (sites[0].key, sites[0].value):
             kept += [write.new, write.positions, write.start, write.kept, write.offset]
-        if site.read is not None:
-            kept += [site.core.query, site.core.mask, site.read.first]
+        rewritten: set[fx.Node] = set()
+        for site in sites:
+            if site.read is not None:
+                rewritten.add(site.core.node)
+                kept += [site.core.query, site.core.mask, site.core.sink, site.read.first]
         roots = [*self.outputs, *(value for value, buffer in self.mutations if buffer not in ours)]
         roots = [n for n in roots if n not in ours or not self.writes[n].returned]
         roots += [n for n in self.graph.nodes if n.op == "call_function" and n.is_impure()]
@@ -267,7 +290,7 @@ class _Matcher:
             if node in visited or node.target is aten.sym_size.int:
                 continue
             visited.add(node)
-            if site.read is None or node is not site.core.node:
+            if node not in rewritten:
                 todo += [(n, node) for n in node.all_input_nodes]
         return None
 

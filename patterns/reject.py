@@ -26,7 +26,7 @@ class Reason(enum.Enum):
     PARTIAL_BATCH = "only a part of the cache's batch is written or read"
     POSITIONS_DIFFER = "keys and values are written or read at different positions"
     SAME_TENSOR = "keys and values share one tensor"
-    SHARED_CACHE = "several attentions read this cache"
+    SHARED_CACHE = "several attentions read this cache, and not all of them in a way that is rewritten"
     CACHE_VALUE_ESCAPES = "something besides this attention uses the cache"
     COMPUTE_AFTER_CACHE = "keys or values are computed from what is cached (rotary embedding, dequantisation)"
     LINEAR_AFTER_CACHE = "keys or values are a linear map of what is cached (latent attention)"

@@ -70,7 +70,8 @@ def argument(node: fx.Node, name: str) -> Any:
 def computed(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A new node at the graph's insertion point, with its value's metadata."""
     node = graph.call_function(target, args, kwargs)
-    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
+    with _compat.faking(graph):
+        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
     return node
 
 

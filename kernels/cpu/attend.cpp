@@ -37,8 +37,9 @@ struct Attend {
   Array mask;                // [batch, query_heads, queries, length], null data: none; stride 0 where broadcast
   double scale, softcap;     // softcap 0: none
   int64_t first, length;
+  const float* sink;         // [query_heads], logits beside those of the keys, without values; null: none
   // The new tokens may have been attended elsewhere: their result [batch, query_heads, queries, value_dim] and the
-  // logarithms of their sums float32 [batch, query_heads, queries]; null: they are attended here.
+  // logarithms of their sums float32 [batch, query_heads, queries], a sink included; null: they are attended here.
   Array dense;
   const float* dense_sums;
   void* out;  // [batch, query_heads, queries, value_dim] contiguous, dtype of the query
@@ -642,13 +643,17 @@ void finish(const Plan& plan, const Rows& rows, int64_t batch_row, const float* 
     float peak = dense ? call.dense_sums[index] : -INFINITE;
     for (int64_t split = 0; split < splits; ++split) peak = std::max(peak, partials[split * stride + i]);
     float sum = 0;
+    if (const float sink = call.sink ? call.sink[rows.head[i]] : -INFINITE; sink != -INFINITE) {
+      peak = std::max(peak, sink);
+      sum = std::exp(sink - peak);
+    }
     std::fill(total.begin(), total.end(), 0.0f);
     if (dense) {
       const float weight = std::exp(call.dense_sums[index] - peak);
       const void* from = row_of(call.dense, batch_row, rows.head[i], rows.query[i]);
       load_row(call.dense.dtype, from, 1, size, total.data());
       for (int64_t c = 0; c < size; ++c) total[c] *= weight;
-      sum = weight;
+      sum += weight;
     }
     for (int64_t split = 0; split < splits; ++split) {
       const float* partial = partials + split * stride;
@@ -752,6 +757,7 @@ bool read(Arguments& from, Attend& call) {
   call.softcap = from.number(0);
   call.first = from.integer();
   call.length = from.integer();
+  call.sink = from.optional_floats({call.query_heads});
   call.dense = from.optional_rows(dense);
   call.dense_sums = from.optional_floats({key.batch, call.query_heads, call.queries});
   call.out = from.out(call.query.dtype, {key.batch, call.query_heads, call.queries, value.head_dim});

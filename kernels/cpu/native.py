@@ -251,6 +251,7 @@ class Kernels:
         length: int,
         key_format: str,
         value_format: str,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """`reference.attend` with the formats as keys."""
         # A decoded token makes one such call for each layer: every look at a tensor from Python counts here.
@@ -262,14 +263,15 @@ class Kernels:
             out = query.new_empty((*query.shape[:3], value_dim)) if value_dim else torch.empty_like(query)
             status = self._attend(
                 keys, values, key_state, value_state, query, key, value, positions, mask, scale, softcap, first, length,
-                None, None, out, self._gomp_parallel, torch.get_num_threads(),
+                sink, None, None, out, self._gomp_parallel, torch.get_num_threads(),
             )  # fmt: skip
             if status == _DONE:
                 return out
         forms = Format.parse(key_format), Format.parse(value_format)
         return self._attend_any(
-            query, key_state, value_state, key, value, positions, mask, scale, softcap, slots, first, length, *forms
-        )
+            query, key_state, value_state, key, value, positions, mask, scale, softcap, slots, first, length, *forms,
+            sink,
+        )  # fmt: skip
 
     def _attend_any(
         self,
@@ -287,22 +289,24 @@ class Kernels:
         length: int,
         key_form: Format,
         value_form: Format,
+        sink: Tensor | None,
     ) -> Tensor:
         """`reference.attend` of operands that are many, wrong, or not as the C++ reads them."""
-        reference.check_attend(query, key, value, positions, mask, length, key_form, value_form)
+        reference.check_attend(query, key, value, positions, mask, length, key_form, value_form, sink)
         batch, heads, tokens, _ = key.shape
         keys, values = (bind(form.key(), batch, heads, slots).layout for form in (key_form, value_form))
         rows = _rows(query), _rows(key), _rows(value)
         at = positions.long().contiguous()
         bias = None if mask is None else _mask(mask)
+        drain = None if sink is None else sink.float().contiguous()
         dense = None
         if min(query.shape[2], tokens) >= _TOGETHER and softcap is None and query.numel():
             factor = query.shape[3] ** -0.5 if scale is None else scale
-            dense = _attend_new(*rows, at, bias, factor, first, length)
+            dense = _attend_new(*rows, at, bias, factor, first, length, drain)
         out = rows[0].new_empty((*query.shape[:3], value_form.head_dim))
         status = self._attend(
             keys, values, key_state, value_state, *rows, at, bias, scale, softcap, first, length,
-            *(dense or (None, None)), out, self._gomp_parallel, torch.get_num_threads(),
+            *((None, *dense) if dense else (drain, None, None)), out, self._gomp_parallel, torch.get_num_threads(),
         )  # fmt: skip
         if status == _DENSE_IS_ALL:
             assert dense is not None
@@ -310,13 +314,13 @@ class Kernels:
         elif status != _DONE:  # the caches differ, the states are wrong, or there is nothing to attend to
             return reference.attend(
                 query, key_state, value_state, key, value, positions, mask, scale, softcap, slots, first, length,
-                key_form, value_form,
+                key_form, value_form, sink,
             )  # fmt: skip
         return out if out.dtype is query.dtype else out.to(query.dtype)
 
 
 class _Dense(NamedTuple):
-    """Attention to new tokens alone."""
+    """Attention to new tokens, and to a sink, alone."""
 
     out: Tensor
     """``[batch, query_heads, queries, head_dim]``"""
@@ -333,13 +337,16 @@ def _attend_new(
     scale: float,
     first: int,
     length: int,
+    sink: Tensor | None,
 ) -> _Dense | None:
-    """Attention to the new tokens alone by torch's kernel, if it has one for them."""
+    """Attention to the new tokens, and to a sink, alone by torch's kernel, if it has one for them."""
     tokens = len(positions)
     if tokens == 0 or query.dtype != key.dtype or key.dtype != value.dtype or key.shape != value.shape:
         return None
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
         return None  # torch's kernel would round it
+    if sink is not None and not bool((sink < math.inf).all()):  # nan as well
+        return None
     column = int(positions[0]) - first
     together = torch.equal(positions, torch.arange(first + column, first + column + tokens))
     if not together or first + column < 0 or column < 0 or column + tokens > length:
@@ -356,4 +363,8 @@ def _attend_new(
         return None
     if admitted is not None:
         sums = sums.masked_fill(~admitted, -math.inf)
+    if sink is not None:
+        share = sink[:, None]
+        out = torch.where((sums > -math.inf)[..., None], out * (sums - share).sigmoid()[..., None], 0.0).to(out.dtype)
+        sums = torch.logaddexp(sums, share)
     return _Dense(out.contiguous(), sums.contiguous())

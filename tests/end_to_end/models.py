@@ -47,9 +47,27 @@ def hugging_face(name, attention="sdpa", **changes):
         "gpt_neox": lambda: transformers.GPTNeoXConfig(**whole),
         "opt": lambda: transformers.OPTConfig(**whole, ffn_dim=64, word_embed_proj_dim=64, init_std=0.2),
         "bloom": lambda: transformers.BloomConfig(**whole),
+        "gpt_oss": lambda: transformers.GptOssConfig(
+            **sizes,
+            sliding_window=SLIDING_WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+            num_local_experts=2,
+            num_experts_per_tok=1,
+        ),
+        "granite_swa": lambda: transformers.AutoConfig.for_model(
+            "granite_swa",
+            **whole,
+            num_key_value_heads=2,
+            sliding_window=SLIDING_WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
     }[name]()
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    for module in model.modules():
+        if hasattr(module, "sinks"):
+            nn.init.normal_(module.sinks, mean=2.0)
+    return model
 
 
 def prompts(*shape, seed=0):

@@ -20,8 +20,9 @@ from tests.end_to_end.harness import (
 )
 from tests.end_to_end.models import hugging_face, prompts
 
-NAMES = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_neox", "opt", "bloom")
-NORMAL = {("llama", 16), ("gemma2", 16), ("gpt_neox", 8), ("bloom", 16)}
+NAMES = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_neox", "opt", "bloom", "gpt_oss", "granite_swa")
+NORMAL = {("llama", 16), ("gemma2", 16), ("gpt_neox", 8), ("bloom", 16), ("gpt_oss", 16)}
+SLIDING = {"mistral", "gemma2", "gemma3", "gpt_oss", "granite_swa"}
 """The slow sweep has all pairs."""
 
 LOSS = 0.03
@@ -39,7 +40,7 @@ LOSS = 0.03
 def test_logits_are_those_of_the_dense_model(name, bits):
     model, ids = hugging_face(name, "eager"), prompts(1, 60)
     # Sliding windows (24) are passed by several tokens, then by one at a time.
-    chunks = [20, 1, 9, 1, 1] if name in ("mistral", "gemma2", "gemma3") else [12, 1, 9, 1]
+    chunks = [20, 1, 9, 1, 1] if name in SLIDING else [12, 1, 9, 1]
     mask = torch.ones_like(ids) if name == "opt" else None  # without one it breaks the graph to count tokens
     expected = feed(model, ids, chunks, static_cache(model), mask=mask)
     with packing(bits=bits, **SMALL) as session:
@@ -122,6 +123,21 @@ def queries_before_heads(q, k, v, mask):
     logits = torch.einsum("bshd,bthd->bsht", q.transpose(1, 2), k) * 0.3
     logits = logits + torch.where(mask, 0.0, -1e30).transpose(1, 2)
     return torch.einsum("bsht,bthd->bshd", logits.softmax(-1), v)
+
+
+@form
+def sinks_beside_capped_logits(q, k, v, mask):
+    k, v = repeat(k, v)
+    logits = (5 * torch.tanh(q @ k.mT / 5)).masked_fill(~mask, torch.finfo(q.dtype).min)
+    sinks = torch.arange(HEADS * GROUPS).float()[:, None, None].expand(BATCH, -1, q.shape[2], 1)
+    logits = torch.cat([logits, sinks], -1)
+    return (logits - logits.amax(-1, keepdim=True)).softmax(-1)[..., :-1] @ v
+
+
+@form
+def one_more_in_the_sum(q, k, v, mask):
+    k, v = repeat(k, v)
+    return F.pad((q @ k.mT).masked_fill(~mask, -math.inf), (1, 0)).softmax(-1)[..., 1:] @ v
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -161,3 +161,42 @@ def test_attention_is_that_over_the_content_of_the_cache(name):
                 expected = function(qkv, *dense, positions, mask)
                 torch.testing.assert_close(got, expected, rtol=0, atol=noise(bits))
         assert_packed(caches)
+
+
+@pytest.mark.parametrize("write", ["index_copy", "append"])
+def test_several_attentions_share_a_cache(write):
+    """One of them depends on the other; where tokens are appended, both read the cache as it was before."""
+    slots = 12
+
+    def function(qkv, keys, values, positions, mask):
+        q, k, v = qkv.split((HEADS * GROUPS, HEADS, HEADS), 1)
+        if write == "index_copy":
+            keys.index_copy_(2, positions, k)
+            values.index_copy_(2, positions, v)
+            k, v = keys, values
+        else:
+            k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+            keys.copy_(k[:, :, -slots:])
+            values.copy_(v[:, :, -slots:])
+        one = enable_gqa(q, k, v, mask)
+        return one, explicit_scale(one + q, k, v, mask.flip(1))
+
+    for bits in (16, 4):
+        generator = torch.Generator().manual_seed(0)
+        caches = [torch.randn(BATCH, HEADS, slots, CHANNELS, generator=generator) for _ in range(2)]
+        dense = [cache.clone() for cache in caches]
+        with packing(bits=bits, sinks=1, window=2) as session:
+            compiled = torch.compile(function)
+            for tokens in (3, 2):
+                qkv = torch.randn(BATCH, HEADS * (GROUPS + 2), tokens, CHANNELS, generator=generator)
+                length = slots if write == "index_copy" else slots + tokens
+                mask = torch.rand(1, HEADS * GROUPS, tokens, length, generator=generator) < 0.7
+                positions = torch.arange(slots - tokens, slots)
+                before = [restore(cache.clone()) for cache in caches] if tokens == 2 and bits != 16 else dense
+                got = compiled(qkv, *caches, positions, mask)
+                if bits != 16 and tokens == 3:
+                    continue  # the caches were encoded in this call
+                expected = function(qkv, *before, positions, mask)
+                torch.testing.assert_close(got, expected, rtol=0, atol=noise(bits))
+        assert_packed(caches)
+        assert len(session.report().caches) == 2

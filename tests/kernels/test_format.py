@@ -48,11 +48,11 @@ def test_wrong_fields_are_named(change, message):
     [
         "",
         "v0:key:4:64:bfloat16:4:64",
-        "v3:key:4:64:bfloat16:4",
-        "v3:key:four:64:bfloat16:4:64",
-        "v3:key:4:64:bfloat17:4:64",
-        "v3:both:4:64:bfloat16:4:64",
-        "v3:key:7:64:bfloat16:4:64",
+        "v4:key:4:64:bfloat16:4",
+        "v4:key:four:64:bfloat16:4:64",
+        "v4:key:4:64:bfloat17:4:64",
+        "v4:both:4:64:bfloat16:4:64",
+        "v4:key:7:64:bfloat16:4:64",
     ],
 )
 def test_wrong_keys_are_refused(key):

@@ -60,6 +60,7 @@ def test_opcheck_attend(bits, dtype):
     keys, values = state_of("key", bits[0], dtype=dtype), state_of("value", bits[1], dtype=dtype)
     for mask in (None, torch.zeros(1, 1, 3, 23)):
         torch.library.opcheck(ops.attend, attend_args(keys, values, mask=mask, dtype=dtype))
+    torch.library.opcheck(ops.attend, (*attend_args(keys, values, dtype=dtype), torch.zeros(4)))
 
 
 @pytest.mark.parametrize("bits", [16, *codec.CODED_BITS])
@@ -77,7 +78,9 @@ def test_operators_follow_the_reference():
     dense = reference.dequantise(expected.buffer, BATCH, HEADS, SLOTS, keys.format)
     torch.testing.assert_close(ops.dequantise(keys.buffer, BATCH, HEADS, SLOTS, keys.format.key()), dense)
     args = attend_args(keys, values)
-    torch.testing.assert_close(ops.attend(*args), reference.attend(*args[:-2], keys.format, values.format))
+    for sink in (None, normal(4)):
+        expected = reference.attend(*args[:-2], keys.format, values.format, sink)
+        torch.testing.assert_close(ops.attend(*args, sink), expected)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -24,15 +24,17 @@ def pair(
     return tuple(CacheState.empty(form, batch, heads, slots, "cpu") for form in (key, value))
 
 
-def attend(keys, values, query, key, value, positions, mask=None, scale=None, first=0, length=None, softcap=None):
+def attend(
+    keys, values, query, key, value, positions, mask=None, scale=None, first=0, length=None, sink=None, softcap=None
+):
     return reference.attend(
         query, keys.buffer, values.buffer, key, value, positions, mask, scale, softcap, keys.slots, first,
-        keys.slots if length is None else length, keys.format, values.format,
+        keys.slots if length is None else length, keys.format, values.format, sink,
     )  # fmt: skip
 
 
-def dense_attend(keys, values, query, key, value, positions, mask=None, scale=None, first=0, length=None):
-    """The definition: dense caches, new tokens put in place, softmax in float64."""
+def dense_attend(keys, values, query, key, value, positions, mask=None, scale=None, first=0, length=None, sink=None):
+    """The definition: dense caches, new tokens put in place, softmax in float64, a column for the sink."""
     length = keys.slots if length is None else length
     axes = []
     for state, new in ((keys, key), (values, value)):
@@ -48,7 +50,8 @@ def dense_attend(keys, values, query, key, value, positions, mask=None, scale=No
     logits = query.double() @ axes[0].mT * (query.shape[3] ** -0.5 if scale is None else scale)
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask.double()
-    weights = logits.softmax(-1).nan_to_num(0.0)
+    column = logits.new_full(logits.shape[:3], -math.inf) if sink is None else sink[:, None].expand(logits.shape[:3])
+    weights = torch.cat((logits, column[..., None]), -1).softmax(-1)[..., :-1].nan_to_num(0.0)
     return (weights @ axes[1]).to(query.dtype)
 
 
@@ -103,7 +106,8 @@ def cases(draw):
             low = draw(st.sampled_from((-math.inf, -1e4, torch.finfo(torch.bfloat16).min)))
             mask = torch.where(mask, torch.randn(mask.shape, generator=generator), low)
     scale = draw(st.sampled_from((None, 0.3)))
-    return keys, values, query, key, value, positions, mask, scale, first, length
+    sink = draw(st.sampled_from((None, 2 * torch.randn(heads * groups, generator=generator))))
+    return keys, values, query, key, value, positions, mask, scale, first, length, sink
 
 
 @given(cases(), st.sampled_from((2**24, 1)), st.sampled_from((2**21, 64)))
@@ -234,6 +238,7 @@ def test_decoding_follows_full_precision():
         ({"positions": torch.arange(2)}, r"positions must be \[1\], got \(2,\)"),
         ({"mask": torch.zeros(1, 1, 1, 63)}, r"mask must be .*, 64\], got \(1, 1, 1, 63\)"),
         ({"mask": torch.zeros(1, 1, 64)}, "mask must be"),
+        ({"sink": torch.zeros(2)}, r"sink must be \[4\], got \(2,\)"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

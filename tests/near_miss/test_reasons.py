@@ -192,9 +192,22 @@ def tied(q, k, v, keys, values, positions, mask):
 
 
 @miss(Reason.SHARED_CACHE, number=2)
-def two_attentions(q, k, v, keys, values, positions, mask):
+def keys_and_values_swapped_by_another(q, k, v, keys, values, positions, mask):
     write(keys, values, positions, k, v)
-    return attend(q, keys, values, mask) + attend(q + 1, keys, values, mask)
+    return attend(q, keys, values, mask) + attend(q + 1, values, keys, mask)
+
+
+@miss(Reason.SHARED_CACHE, among=True)
+def another_attention_stays(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    tiled = (x.repeat(1, GROUPS, 1, 1) for x in (keys, values))
+    return attend(q, keys, values, mask) + F.scaled_dot_product_attention(q, *tiled, mask)
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES, number=2)
+def shared_and_summed(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(attend(q, keys, values, mask) + values.sum(), keys, values, mask)
 
 
 @miss(Reason.CACHE_VALUE_ESCAPES)
@@ -352,7 +365,7 @@ def repeated(*caches):
 
 
 @miss(Reason.ATTENTION_FORM)
-def sink(q, k, v, keys, values, positions, mask):
+def sink_of_the_query(q, k, v, keys, values, positions, mask):
     write(keys, values, positions, k, v)
     keys, values = repeated(keys, values)
     logits = torch.cat([(q @ keys.mT).masked_fill(~mask, -1e9), q[..., :1]], -1)

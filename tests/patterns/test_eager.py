@@ -188,6 +188,75 @@ def input_that_counts_for_nothing(q, k, v, mask):
     return torch.bmm(logits.view(BATCH, ALL, QUERIES, SLOTS).softmax(-1).flatten(0, 1), v)
 
 
+def sinks(heads=ALL):
+    return torch.arange(heads) * 0.7 - 1
+
+
+@form(scale=0.5, mask=torch.float32, sink=True)
+def with_sinks(q, k, v, mask):
+    """As gpt-oss: the maximum goes before the softmax."""
+    k, v = repeat(k, v)
+    logits = torch.matmul(q, k.transpose(2, 3)) * 0.5 + additive(mask)
+    logits = torch.cat([logits, sinks().reshape(1, -1, 1, 1).expand(BATCH, -1, QUERIES, -1)], -1)
+    logits = logits - logits.max(dim=-1, keepdim=True).values
+    weights = F.dropout(F.softmax(logits, -1, dtype=logits.dtype)[..., :-1], 0.5, training=False)
+    return torch.matmul(weights.to(v.dtype), v).transpose(1, 2).contiguous()
+
+
+@form(scale=-0.25, mask=torch.bool, sink=True)
+def with_sinks_first_scaled_and_cast(q, k, v, mask):
+    k, v = repeat(k, v)
+    logits = (q @ k.mT * -0.5).masked_fill(~mask, -math.inf)
+    logits = torch.cat([sinks()[:, None, None].expand(BATCH, -1, QUERIES, 1).double(), logits], -1).float() * 0.5
+    return (logits - logits.amax(-1, keepdim=True)).softmax(-1)[..., 1:] @ v
+
+
+@form(scale=0.2, softcap=1.5, mask=torch.float32, sink=True)
+def with_sinks_beside_capped_logits(q, k, v, mask):
+    k, v = repeat(k, v)
+    logits = torch.tanh(q @ k.mT * 0.2 / 1.5) * 1.5 + additive(mask)
+    return torch.cat([logits, sinks().view(1, -1, 1, 1).expand(BATCH, -1, QUERIES, 1)], -1).softmax(-1)[..., :-1] @ v
+
+
+@form(scale=0.5, mask=torch.bool, enable_gqa=True, sink=True)
+def with_sinks_of_grouped_heads(q, k, v, mask):
+    q = q.view(BATCH, HEADS, GROUPS, QUERIES, CHANNELS)
+    logits = (q @ k[:, :, None].mT * 0.5).masked_fill(~mask[:, :, None], -math.inf)
+    logits = torch.cat([logits, sinks().view(1, HEADS, GROUPS, 1, 1).expand(BATCH, -1, -1, QUERIES, -1)], -1)
+    return (logits.softmax(-1)[..., :-1] @ v[:, :, None]).flatten(1, 2)
+
+
+@form(scale=0.5, mask=None, sink=True)
+def with_sinks_of_heads_in_the_batch(q, k, v, mask):
+    k, v = (x.reshape(BATCH * ALL, SLOTS, CHANNELS) for x in repeat(k, v))
+    logits = torch.bmm(q.reshape(BATCH * ALL, -1, CHANNELS), k.mT) * 0.5
+    logits = torch.cat([logits, sinks().repeat(BATCH)[:, None, None].expand(-1, QUERIES, 1)], -1)
+    return torch.bmm(logits.view(BATCH, ALL, QUERIES, -1).softmax(-1).flatten(0, 1)[..., :-1], v)
+
+
+@form(scale=1.0, mask=None, sink=True)
+def one_more_in_the_sum(q, k, v, mask):
+    k, v = repeat(k, v)
+    return F.pad(q @ k.mT, (1, 0)).softmax(-1)[..., 1:] @ v
+
+
+@form(scale=0.5, mask=torch.float32, sink=True)
+def scaled_by_the_share_that_a_sink_leaves(q, k, v, mask):
+    """As Granite with sliding windows."""
+    k, v = repeat(k, v)
+    logits = torch.matmul(q, k.transpose(2, 3)) * 0.5 + additive(mask)
+    share = (torch.logsumexp(logits, -1) - sinks().view(1, -1, 1)).to(torch.float32).sigmoid()
+    out = torch.matmul(F.softmax(logits, -1, dtype=torch.float32).to(q.dtype), v)
+    return (out * share.unsqueeze(-1).to(out.dtype)).transpose(1, 2).contiguous()
+
+
+@form(scale=0.5, mask=None, sink=True)
+def scaled_by_the_share_that_one_sink_leaves(q, k, v, mask):
+    k, v = repeat(k, v)
+    logits = q @ k.mT * 0.5
+    return torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sinks()[1]) * (logits.softmax(-1) @ v)
+
+
 @form(scale=1.0, mask=None)
 def one_key_value_head(q, k, v, mask):
     return (q @ k[:, :1].mT).softmax(-1) @ v[:, :1]
@@ -234,7 +303,14 @@ def attention(core, values):
     if core.mask is not None:
         mask = values.env[core.mask]
         logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-    out = (logits.softmax(-1) @ value.float()).to(query.dtype)
+    if core.sink is None:
+        weights = logits.softmax(-1)
+    else:
+        sink = values.env[core.sink]
+        assert (sink.shape, sink.dtype) == (query.shape[1:2], torch.float32)
+        column = sink[:, None, None].expand(*logits.shape[:3], 1)
+        weights = torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+    out = (weights @ value.float()).to(query.dtype)
     for target, others in core.result:
         out = target(out, *others)
     return out, values.env[core.node]
@@ -257,6 +333,7 @@ def test_what_is_read_is_what_the_graph_computes(name):
     assert core.scale == pytest.approx(expected["scale"])
     assert core.softcap == pytest.approx(expected.get("softcap"))
     assert core.enable_gqa is expected.get("enable_gqa", False)
+    assert (core.sink is not None) is expected.get("sink", False)
     assert (None if core.mask is None else core.mask.meta["val"].dtype) is expected["mask"]
     assert [len(n.meta["val"].shape) for n in (core.query, core.key, core.value)] == [4, 4, 4]
     values = Values(normal.gm)
@@ -346,11 +423,89 @@ def bounded_by_tensor(q, k, v, mask):
     return torch.maximum(q @ k.mT, torch.full([1], 1.0).cumsum(0)).softmax(-1) @ v
 
 
-@miss(Reason.ATTENTION_FORM, "cat")
-def sink(q, k, v, mask):
+def with_a_column(q, k, column):
+    return torch.cat([q @ k.mT, column.expand(BATCH, ALL, QUERIES, -1)], -1)
+
+
+@miss(Reason.ATTENTION_FORM, "another sink for each batch or query")
+def sinks_of_the_queries(q, k, v, mask):
     k, v = repeat(k, v)
-    logits = torch.cat([q @ k.mT, torch.ones(BATCH, ALL, QUERIES, 1)], -1)
+    return with_a_column(q, k, q[..., :1]).softmax(-1)[..., :-1] @ v
+
+
+@miss(Reason.ATTENTION_FORM, "another sink for each batch or query")
+def sinks_of_the_batches(q, k, v, mask):
+    k, v = repeat(k, v)
+    return with_a_column(q, k, q[:, :1, :1, :1]).softmax(-1)[..., :-1] @ v
+
+
+@miss(Reason.ATTENTION_FORM, "joins 2 columns")
+def two_sinks(q, k, v, mask):
+    k, v = repeat(k, v)
+    return with_a_column(q, k, torch.ones(ALL, 1, 2)).softmax(-1)[..., :-2] @ v
+
+
+@miss(Reason.ATTENTION_FORM, "between the softmax and the values")
+def a_key_dropped_for_a_sink(q, k, v, mask):
+    k, v = repeat(k, v)
+    return with_a_column(q, k, torch.ones(ALL, 1, 1)).softmax(-1)[..., 1:] @ v
+
+
+@miss(Reason.ATTENTION_FORM, "has a value")
+def a_sink_with_a_value(q, k, v, mask):
+    k, v = repeat(k, v)
+    return with_a_column(q, k, torch.ones(ALL, 1, 1)).softmax(-1) @ F.pad(v, (0, 0, 0, 1))
+
+
+@miss(Reason.ATTENTION_FORM, "before they are masked")
+def a_sink_that_is_masked(q, k, v, mask):
+    k, v = repeat(k, v)
+    logits = with_a_column(q, k, torch.ones(ALL, 1, 1)) + F.pad(additive(mask), (0, 1), value=-5.0)
     return logits.softmax(-1)[..., :-1] @ v
+
+
+@miss(Reason.ATTENTION_FORM, "before they are masked")
+def the_maximum_taken_off_before_a_sink_joins(q, k, v, mask):
+    k, v = repeat(k, v)
+    logits = q @ k.mT
+    logits = logits - logits.amax(-1, keepdim=True)
+    return F.pad(logits, (0, 1)).softmax(-1)[..., :-1] @ v
+
+
+@miss(Reason.ATTENTION_FORM, "3 is added")
+def shifted_before_a_sink_joins(q, k, v, mask):
+    k, v = repeat(k, v)
+    return F.pad(q @ k.mT + 3, (0, 1)).softmax(-1)[..., :-1] @ v
+
+
+@miss(Reason.ATTENTION_FORM, "between the product and the softmax")
+def the_maximum_of_the_queries_taken_off(q, k, v, mask):
+    k, v = repeat(k, v)
+    logits = (q @ k.mT).mT
+    return (logits - logits.amax(-1, keepdim=True)).mT.softmax(-1) @ v
+
+
+@miss(Reason.ATTENTION_FORM, "not the share of a sink")
+def scaled_by_the_share_of_another_head(q, k, v, mask):
+    k, v = (x[:, :1].expand(-1, QUERIES, -1, -1) for x in (k, v))
+    logits = q[:, :QUERIES] @ k.mT
+    share = torch.sigmoid(logits.logsumexp(-1) - sinks(QUERIES)[:, None])
+    return share.transpose(1, 2).unsqueeze(-1) * (logits.softmax(-1) @ v)
+
+
+@miss(Reason.WEIGHTS_ESCAPE, "logsumexp")
+def scaled_by_another_function_of_the_sum(q, k, v, mask):
+    k, v = repeat(k, v)
+    logits = q @ k.mT
+    return torch.tanh(logits.logsumexp(-1, keepdim=True) - 1) * (logits.softmax(-1) @ v)
+
+
+@miss(Reason.WEIGHTS_ESCAPE, "used by")
+def the_sum_is_returned(q, k, v, mask):
+    k, v = repeat(k, v)
+    logits = q @ k.mT
+    sums = logits.logsumexp(-1, keepdim=True)
+    return torch.sigmoid(sums - sinks()[:, None, None]) * (logits.softmax(-1) @ v), sums
 
 
 @miss(Reason.ATTENTION_FORM, "joins two products")

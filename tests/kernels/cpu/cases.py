@@ -107,6 +107,7 @@ class Attention:
     softcap: float | None = None
     first: int = 0
     length: int = 0
+    sink: Tensor | None = None
 
     @property
     def operands(self) -> tuple:
@@ -116,10 +117,10 @@ class Attention:
         )  # fmt: skip
 
     def expected(self) -> Tensor:
-        return reference.attend(*self.operands, self.keys.format, self.values.format)
+        return reference.attend(*self.operands, self.keys.format, self.values.format, self.sink)
 
     def result(self, native: Kernels) -> Tensor:
-        return native.attend(*self.operands, self.keys.format.key(), self.values.format.key())
+        return native.attend(*self.operands, self.keys.format.key(), self.values.format.key(), self.sink)
 
 
 def mask_of(source: Source, batch: int, heads: int, queries: int, length: int, dtype: torch.dtype) -> Tensor | None:
@@ -179,6 +180,7 @@ def attention(random: Random) -> Attention:
         softcap=source.choice((None, None, None, 20.0)),
         first=source.choice((0, 0, 0, -3, 5)),
         length=length,
+        sink=source.choice((None, None, source.normal(heads * groups) * 3)),
     )
 
 

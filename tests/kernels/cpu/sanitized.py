@@ -34,7 +34,7 @@ def run(kernels: native.Kernels, seed: int) -> None:
 
 def overrun(kernels: native.Kernels) -> None:
     """Reads a state of 64 slots as one of 65, past the checks of Python: a harness that works does not survive it."""
-    small, large = (native.bind("v3:key:16:64:float32:0:0", 1, 1, slots) for slots in (64, 65))
+    small, large = (native.bind("v4:key:16:64:float32:0:0", 1, 1, slots) for slots in (64, 65))
     buffer = torch.zeros(small.nbytes, dtype=torch.uint8)
     buffer.view(torch.int64)[1] = 65  # END
     out = torch.empty(65 * 64)

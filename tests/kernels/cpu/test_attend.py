@@ -201,6 +201,34 @@ def test_queries_that_nothing_is_admitted_to_get_zeros(native, queries, additive
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [1, 20])
+def test_sinks_take_their_share(native, dtype, queries):
+    """Of queries too that nothing else is admitted to, or whose other logits vanish beside it."""
+    case = example(100, queries=queries, new=queries, dtype=dtype)
+    case.sink = torch.tensor([-torch.inf, -30.0, 0.0, 2.0, 1e4, 0.0])
+    free, got = dataclasses.replace(case, sink=None).result(native), case.result(native)
+    assert_equals_the_oracle(native, case)
+    torch.testing.assert_close(got[:, :2], free[:, :2])
+    assert not got[:, 4].any()
+    mask = torch.rand(2, 1, queries, 200, generator=torch.manual_seed(0)) < 0.5
+    mask[1, :, 0] = False
+    least = torch.finfo(dtype).min
+    for case.mask in (mask, *(torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, x) for x in (-math.inf, least))):
+        assert_equals_the_oracle(native, case)
+        assert not case.result(native)[1, 2:, 0].any()
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_sinks_that_are_not_finite_spoil_their_head(native, queries):
+    case = example(100, queries=queries, new=queries)
+    case.sink = torch.tensor([0.0, math.nan, 0.0, 0.0, math.inf, 0.0])
+    got = case.result(native)
+    assert torch.equal(got.isnan(), case.expected().isnan())
+    assert got[:, [1, 4]].isnan().all()
+    assert not got[:, [0, 2, 3, 5]].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [1, 20])
 def test_rows_whose_columns_are_all_the_least_number_are_uniform(native, dtype, queries):
     """So eager masks of padded queries are: not excluded, but all alike."""
     case = example(100, queries=queries, new=queries, slots=130, dtype=dtype)

@@ -58,6 +58,7 @@ def attention(**changed):
         "length": SLOTS,
         "key_form": KEY,
         "value_form": VALUE,
+        "sink": None,
     }
     return operands | changed
 
@@ -130,6 +131,8 @@ def test_wrong_writes_have_the_errors_of_the_oracle_and_change_nothing(native, c
         {"mask": torch.ones(2, 2, 3, SLOTS, dtype=torch.bool)},
         {"mask": torch.ones(2, 1, 2, SLOTS, dtype=torch.bool)},
         {"length": SLOTS - 1},
+        {"sink": torch.zeros(2)},
+        {"sink": torch.zeros(4, 1)},
         {"slots": SLOTS + 1},
         {"slots": SLOTS - 1},
         {"key_state": buffer(VALUE)},
@@ -161,13 +164,13 @@ def test_wrong_reads_have_the_errors_of_the_oracle(native, state, shape, form):
 
 
 @pytest.mark.parametrize(
-    "key", ["v1:key:4:16:float32:4:64", "", "key", "v3:key:4:16:float64:4:64", "v2:key:7:16:float32:4:64"]
+    "key", ["v1:key:4:16:float32:4:64", "", "key", "v4:key:4:16:float64:4:64", "v2:key:7:16:float32:4:64"]
 )
 def test_states_of_another_format_are_refused(native, key):
     calls = [
         (native.store, [*keyed(write())[:8], key]),
-        (native.attend, [*keyed(attention())[:-2], key, VALUE.key()]),
-        (native.attend, [*keyed(attention())[:-2], KEY.key(), key]),
+        (native.attend, [*keyed(attention())[:-3], key, VALUE.key()]),
+        (native.attend, [*keyed(attention())[:-3], KEY.key(), key]),
         (native.dequantise, [buffer(), 2, 2, SLOTS, key]),
     ]
     expected = error_of(Format.parse, key)
@@ -214,7 +217,8 @@ def test_the_kernels_take_tensors_of_any_form(native, monkeypatch, form):
     with torch.no_grad():
         new = {name: form(write()[name]) for name in ("new", "query")}
         native.store(*keyed(write(state=written, positions=strided(torch.arange(3)), **new)))
-        got = native.attend(*keyed(attention(**{name: form(attention()[name]) for name in ("query", "key", "value")})))
+        changed = {name: form(attention()[name]) for name in ("query", "key", "value")}
+        got = native.attend(*keyed(attention(**changed, sink=form(torch.full((1, 4, 1, 1), -torch.inf))[0, :, 0, 0])))
     assert torch.equal(written, expected["state"])
     torch.testing.assert_close(got.to(attended.dtype), attended, rtol=1e-6, atol=1e-6)
     assert got.is_contiguous()
