@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from torch import Tensor, fx
+from torch import fx
 
 from decoquant_compile import _compat
 from decoquant_compile.allocate import Holding
@@ -17,7 +17,7 @@ from decoquant_compile.kernels.codec import Role
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.normalize import Normal, normalise, records_gradients, unsupported
 from decoquant_compile.options import Options
-from decoquant_compile.patterns.match import Site, match
+from decoquant_compile.patterns.match import RebuiltSite, Site, match
 from decoquant_compile.patterns.reject import Reject
 from decoquant_compile.report import Finding, GraphReport, Untouched
 from decoquant_compile.rewrite import rewrite
@@ -26,8 +26,8 @@ from decoquant_compile.runtime import DenseGraph, PackedGraph, announce
 log = logging.getLogger("decoquant_compile")
 
 Compiled: TypeAlias = Callable[..., Any]
-Plan: TypeAlias = tuple[Site, tuple[Format, Format]]
-"""A site to rewrite, with the packed formats of its keys and values."""
+Plan: TypeAlias = Site | RebuiltSite
+"""A site to rewrite."""
 
 
 def decoquant_backend(
@@ -89,11 +89,12 @@ def contained(report: GraphReport) -> Iterator[None]:
 
 def find(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport
-) -> tuple[Normal, list[Plan]] | None:
+) -> tuple[Normal, list[Plan], dict[fx.Node, Format]] | None:
     """Normalise a graph and say what to rewrite in it, with a row in the report for each attention.
 
     Returns:
-        The normal form and at least one plan; None, with the reason in the report, where the graph must stay as it is.
+        The normal form, at least one plan, and the packed format of each cache by its graph input; None, with the
+        reason in the report, where the graph must stay as it is.
     """
     if not mentions_attention(gm):
         report.untouched = Untouched.NO_ATTENTION
@@ -106,7 +107,7 @@ def find(
         return None
     normal = normalise(gm, example_inputs)
     results = match(normal)
-    formats = _formats([r for r in results if isinstance(r, Site)], normal, example_inputs, options)
+    formats = _formats([r for r in results if not isinstance(r, Reject)], normal, example_inputs, options)
     plans: list[Plan] = []
     for result in results:
         finding, plan = _decide(result, normal, formats, options, done=len(plans))
@@ -117,7 +118,7 @@ def find(
     if not plans:
         report.untouched = Untouched.NO_SITE
         return None
-    return normal, plans
+    return normal, plans, formats
 
 
 def mentions_attention(gm: fx.GraphModule) -> bool:
@@ -133,38 +134,49 @@ def mentions_attention(gm: fx.GraphModule) -> bool:
 
 
 def _decide(
-    result: Site | Reject, normal: Normal, formats: Iterator[tuple[Format, Format]], options: Options, *, done: int
+    result: Site | RebuiltSite | Reject,
+    normal: Normal,
+    formats: Mapping[fx.Node, Format],
+    options: Options,
+    *,
+    done: int,
 ) -> tuple[Finding, Plan | None]:
-    """What becomes of an attention, when `done` others are to be rewritten; `formats` has the next site's."""
+    """What becomes of an attention, when `done` others are to be rewritten."""
     if isinstance(result, Reject):
         return Finding.of(result, ""), None
-    key, value = next(formats)
-    source = normal.source(result.key.buffer)
+    buffers = [buffer for _, buffer, _ in _caches(result)]
+    source = normal.source(buffers[0])
     if options.max_rewrites is not None and done >= options.max_rewrites:
         why = f"max_rewrites={options.max_rewrites}"
         return replace(Finding.of(result, source, why), outcome="MAX_REWRITES"), None
-    return Finding.of(result, source, f"K{key.bits} V{value.bits}"), (result, (key, value))
+    held = (formats[buffer] for buffer in buffers)
+    return Finding.of(result, source, " ".join(f"{f.role[0].upper()}{f.bits}" for f in held)), result
+
+
+def _caches(site: Site | RebuiltSite) -> list[tuple[Role, fx.Node, Dims]]:
+    """The caches of a site: role, graph input, layout."""
+    if isinstance(site, RebuiltSite):
+        return [(cache.side, cache.write.buffer, cache.dims) for cache in site.caches]
+    return [("key", site.key.buffer, site.dims), ("value", site.value.buffer, site.dims)]
 
 
 def _formats(
-    sites: Sequence[Site], normal: Normal, example_inputs: Sequence[Any], options: Options
-) -> Iterator[tuple[Format, Format]]:
-    """Packed formats of the keys and values of each site: those they are held in already, else as the options say."""
-    roles: tuple[Role, Role] = ("key", "value")
-    caches: list[tuple[Role, Tensor, Dims]] = []
-    for site in sites:
-        for role, write in zip(roles, (site.key, site.value), strict=True):
-            caches.append((role, example_inputs[normal.placeholders.index(write.buffer)], site.dims))
-    widths = options.widths([Holding(role, math.prod(tensor.shape)) for role, tensor, _ in caches])
+    sites: Sequence[Site | RebuiltSite], normal: Normal, example_inputs: Sequence[Any], options: Options
+) -> dict[fx.Node, Format]:
+    """Packed formats of all caches: those they are held in already, else as the options say."""
+    caches = {buffer: (role, dims) for site in sites for role, buffer, dims in _caches(site)}
+    rebuilt = {c.write.buffer for site in sites if isinstance(site, RebuiltSite) for c in site.caches}
+    tensors = {buffer: example_inputs[normal.placeholders.index(buffer)] for buffer in caches}
+    widths = options.widths([Holding(role, math.prod(tensors[b].shape)) for b, (role, _) in caches.items()])
 
-    def choose(role: Role, tensor: Tensor, dims: Dims, bits: int) -> Format:
+    def choose(buffer: fx.Node, bits: int) -> Format:
+        (role, dims), tensor = caches[buffer], tensors[buffer]
         state = state_of(tensor, dims)
-        if state is not None and state.format.role == role:
+        if state is not None and (state.format.role == role or buffer in rebuilt):
             return state.format
         return Format(role, bits, tensor.shape[dims[3]], tensor.dtype, options.sinks, options.window)
 
-    chosen = [choose(*cache, bits) for cache, bits in zip(caches, widths, strict=True)]
-    return zip(chosen[::2], chosen[1::2], strict=True)
+    return {buffer: choose(buffer, bits) for buffer, bits in zip(caches, widths, strict=True)}
 
 
 def _packed(
@@ -178,10 +190,10 @@ def _packed(
     found = find(gm, example_inputs, options, report)
     if found is None:
         return None
-    normal, plans = found
+    normal, plans, formats = found
     if log.isEnabledFor(logging.DEBUG):
         log.debug("normalised graph:\n%s", str(normal.graph))  # as text: it is changed in place
-    rewritten = rewrite(normal, [site for site, _ in plans], [formats for _, formats in plans])
+    rewritten = rewrite(normal, plans, formats)
     log.debug("rewritten graph:\n%s", rewritten.gm.graph)
     _compat.trace_artifact("rewritten", lambda: str(rewritten.gm.graph))
     inputs = [*(example_inputs[i] for i in rewritten.kept), *rewritten.examples]

@@ -1,7 +1,11 @@
-"""Graph surgery: the sites of a normalised graph become `store` and `attend` on packed state buffers."""
+"""Graph surgery: the sites of a normalised graph become `store` and `attend` on packed state buffers.
+
+A cache whose reads are none that we rewrite becomes `store` as well, and what the graph reads of it is made from
+`dequantise`: a dense tensor that lives while it is needed within the call.
+"""
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +16,7 @@ from decoquant_compile.kernels import ops
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.normalize import Normal, finish
 from decoquant_compile.patterns.cache import CacheWrite
-from decoquant_compile.patterns.match import Site
+from decoquant_compile.patterns.match import RebuiltCache, RebuiltSite, Site
 from decoquant_compile.patterns.symbols import Int, shape
 
 aten = torch.ops.aten
@@ -77,13 +81,13 @@ class Rewritten:
     probe: Probe
 
 
-def rewrite(normal: Normal, sites: Sequence[Site], formats: Sequence[tuple[Format, Format]]) -> Rewritten:
-    """Replace each site's cache writes by `store` and its attention by `attend`.
+def rewrite(normal: Normal, sites: Sequence[Site | RebuiltSite], formats: Mapping[fx.Node, Format]) -> Rewritten:
+    """Replace each site's cache writes by `store` and its attention by `attend`, or its caches by `dequantise`.
 
     Args:
         normal: the normalised graph; it is changed in place.
-        sites: what to rewrite; no two share a cache tensor.
-        formats: packed format of the keys and of the values of each site.
+        sites: what to rewrite; only rebuilt ones may share a cache tensor.
+        formats: how each cache is packed, by its graph input.
 
     Returns:
         The graph, finished for Inductor, with the inputs it takes now.
@@ -104,21 +108,29 @@ class _Rewriter:
     def graph(self) -> fx.Graph:
         return self.normal.gm.graph
 
-    def run(self, sites: Sequence[Site], formats: Sequence[tuple[Format, Format]]) -> Rewritten:
+    def run(self, sites: Sequence[Site | RebuiltSite], formats: Mapping[fx.Node, Format]) -> Rewritten:
         inputs = self.normal.placeholders
-        sites = [self._full_mask(site) for site in sites]
-        for site, (key_format, value_format) in zip(sites, formats, strict=True):
+        attended = [self._full_mask(site) for site in sites if isinstance(site, Site)]
+        rebuilt = list({c.write.buffer: c for s in sites if isinstance(s, RebuiltSite) for c in s.caches}.values())
+        for site in attended:
             self._note(site)
-            self._bind(site.key, site.dims, key_format)
-            self._bind(site.value, site.dims, value_format)
+            for write in (site.key, site.value):
+                self._bind(write, site.dims, formats[write.buffer])
+        for cache in rebuilt:
+            self.wanted.append((_held(cache.write), None, 0))
+            self._bind(cache.write, cache.dims, formats[cache.write.buffer])
         # Before the writes go: the probe copies nodes of the graph as it came.
         probe = _probe(self.normal.gm, inputs, self.wanted)
-        for number, (site, pair) in enumerate(zip(sites, formats, strict=True)):
-            self._replace(site, self.states[2 * number], self.states[2 * number + 1], *pair)
+        states = iter(list(self.states))
+        for site in attended:
+            pair = formats[site.key.buffer], formats[site.value.buffer]
+            self._replace(site, next(states), next(states), *pair)
+        for cache in rebuilt:
+            self._rebuild(cache, next(states), formats[cache.write.buffer])
         for old, new in self.replaced:  # last: one attention may be the operand of another
             old.replace_all_uses_with(new)
             self.graph.erase_node(old)
-        held = {write.buffer for site in sites for write in (site.key, site.value)}
+        held = {inputs[binding.index] for binding in self.bindings}
         self.normal.mutations = [(value, target) for value, target in self.normal.mutations if target not in held]
         for node in self.graph.find_nodes(op="call_function", target=aten.view.default):
             # A view was chosen for the strides of an operand that may be another now.
@@ -163,8 +175,7 @@ class _Rewriter:
             with self.graph.inserting_before(site.core.node):
                 first = self._add(first, 1)
         for write in (site.key, site.value):
-            held = next((x for x in (write.positions, write.start, write.kept) if x is not None), None)
-            self.wanted.append((held, site.core.mask if site.read is not None else None, first))
+            self.wanted.append((_held(write), site.core.mask if site.read is not None else None, first))
 
     def _replace(
         self, site: Site, key_state: fx.Node, value_state: fx.Node, key_format: Format, value_format: Format
@@ -203,6 +214,32 @@ class _Rewriter:
             store(value_state, value, None, value_slots, value_format)
             if site.read is not None and not appended:
                 attend(stored)
+
+    def _rebuild(self, cache: RebuiltCache, state: fx.Node, format_: Format) -> None:
+        """Let the graph go on from the cache as it was before the write, rebuilt, and store what it writes.
+
+        The graph's own write stays, on the rebuilt tensor: so the new tokens are read exactly, as `attend` reads them.
+        """
+        write, buffer = cache.write, cache.write.buffer
+        readers = [user for user in buffer.users if user.target is not aten.sym_size.int]
+        with self.graph.inserting_before(min(readers)):
+            batch, heads, slots = (self._size(buffer, dim) for dim in cache.dims[:3])
+            dense = self.graph.call_function(ops.dequantise, (state, batch, heads, slots, format_.key()))
+            if cache.dims != (0, 1, 2, 3):
+                order = [cache.dims.index(dim) for dim in range(4)]
+                dense = self.graph.call_function(aten.permute.default, (dense, order))
+                dense = self.graph.call_function(
+                    aten.clone.default, (dense,), {"memory_format": torch.contiguous_format}
+                )
+            dense.meta["val"] = buffer.meta["val"]
+        for user in readers:
+            user.replace_input_with(buffer, dense)
+        needed = (dense, write.new, write.positions, write.start, write.kept)
+        last = max(node for node in needed if isinstance(node, fx.Node))
+        with self.graph.inserting_before(last.next):
+            new = self._tokens(write, cache.dims)
+            stored, shift = self._placing(write, self._size(new, 2), slots, new)
+            self.graph.call_function(ops.store, (state, new, stored, None, None, slots, shift, 0, format_.key()))
 
     def _tokens(self, write: CacheWrite, dims: tuple[int, int, int, int]) -> fx.Node:
         """The new tokens as the cache would hold them: its dtype, [batch, heads, tokens, channels]."""
@@ -276,6 +313,11 @@ class _Rewriter:
         if isinstance(a, int) and isinstance(b, int):
             return function(a, b)
         return self.graph.call_function(function, (a, b))
+
+
+def _held(write: CacheWrite) -> Int | None:
+    """What bounds the tokens that a cache held before a write: their number, or the slots written."""
+    return next((x for x in (write.positions, write.start, write.kept) if x is not None), None)
 
 
 def _after_all(site: Site) -> fx.Node:

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import fx
 
-from decoquant_compile.patterns.attention import cores, readers
+from decoquant_compile.patterns import flow
+from decoquant_compile.patterns.attention import anchors, cores, readers
 from decoquant_compile.patterns.cache import FORMS, CacheWrite, parse
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.movement import Repeat, Walk, moves, operand, peel, plain
@@ -72,6 +73,37 @@ class Site:
     groups: int
 
 
+@dataclass(frozen=True)
+class RebuiltCache:
+    """A cache that is stored packed and rebuilt in each call, because what reads it is no attention that we rewrite.
+
+    Attributes:
+        write: how it is written.
+        side: "key" if its slots index the keys of every attention that they reach, "value" otherwise.
+        dims: which of its dims is batch, head, slot, channel.
+    """
+
+    write: CacheWrite
+    side: flow.Side
+    dims: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class RebuiltSite:
+    """One attention that stays as it is, over caches that are rebuilt; or one such cache.
+
+    Attributes:
+        where: name of the attention's node, or of the cache's graph input.
+        caches: those that the attention reads; other sites may have the same.
+        reject: the attention, and why it cannot read the packed caches; None for a cache of an attention that reads
+            another one which is left dense.
+    """
+
+    where: str
+    caches: tuple[RebuiltCache, ...]
+    reject: Reject | None = None
+
+
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 _BIRTH = {
     *(aten.zeros, aten.zeros_like, aten.new_zeros, aten.empty, aten.empty_like, aten.new_empty),
@@ -96,15 +128,16 @@ class _Operand:
     own: bool  # the attention reads the tokens of this call, not the cache
 
 
-def match(normal: Normalised) -> list[Site | Reject]:
+def match(normal: Normalised) -> list[Site | RebuiltSite | Reject]:
     """Find every attention and say what it is.
 
     Args:
         normal: the graph.
 
     Returns:
-        One `Site` or `Reject` for each attention, in the graph's order, then a `Reject` for each cache that the graph
-        writes in a known way and no attention reads.
+        One `Site`, `RebuiltSite` or `Reject` for each attention, in the graph's order, then a `RebuiltSite` for each
+        cache that belongs to none of them, and a `Reject` for each cache that the graph writes in a known way and no
+        attention reads.
     """
     return _Matcher(normal).run()
 
@@ -155,8 +188,8 @@ class _Matcher:
         elif base.op == "placeholder":
             self.evidence[node] = Problem(Reason.FUNCTIONAL_CACHE, base.name)
 
-    def run(self) -> list[Site | Reject]:
-        found = cores(self.graph)
+    def run(self) -> list[Site | RebuiltSite | Reject]:
+        found, known_by = cores(self.graph), anchors(self.graph)
         operands: dict[fx.Node, tuple[_Operand | Problem, _Operand | Problem]] = {}
         for core in found:
             if isinstance(core, AttentionCore):
@@ -165,16 +198,50 @@ class _Matcher:
                 for side in pair:
                     if isinstance(side, _Operand):
                         self.read_by.setdefault(side.write.buffer, []).append(core.node)
-        results: list[Site | Reject] = []
+        joined: list[Site | Reject] = []
         for core in found:
             if isinstance(core, Reject):
-                results.append(core)
+                joined.append(core)
                 continue
             site = self._join(core, *operands[core.node])
-            results.append(site if isinstance(site, Site) else Reject(site.reason, core.node.name, site.detail, core))
+            joined.append(site if isinstance(site, Site) else Reject(site.reason, core.node.name, site.detail, core))
+        results, rebuilt = self._rebuild(dict(zip(known_by, joined, strict=True)))
         unread = (b for b in self.writes if len(shape(b)) == 4 and b not in self.read_by and not self._is_read(b))
-        results += [Reject(Reason.WRITE_NOT_READ, buffer.name) for buffer in unread]
+        results += [Reject(Reason.WRITE_NOT_READ, buffer.name) for buffer in unread if buffer not in rebuilt]
         return results
+
+    def _rebuild(self, joined: dict[fx.Node, Site | Reject]) -> tuple[list[Site | RebuiltSite | Reject], set[fx.Node]]:
+        """Serve the caches of rejected attentions one by one, and say which those are.
+
+        Args:
+            joined: what each attention is, by its anchor.
+        """
+        held = {w.buffer for site in joined.values() if isinstance(site, Site) for w in (site.key, site.value)}
+        reading: dict[fx.Node, list[tuple[RebuiltCache, set[flow.Side]]]] = {}
+        left: list[RebuiltCache] = []
+        for buffer, write in self.writes.items():
+            if buffer in held or buffer in self.outputs:  # what is returned would have to be the handle
+                continue
+            sides = flow.attentions([(buffer, write.slot_dim)], self.readers)
+            dims = _dims(write)
+            if not sides or dims is None:
+                continue
+            cache = RebuiltCache(write, "key" if {side for _, side in sides} == {"key"} else "value", dims)
+            for anchor in {anchor for anchor, _ in sides}:
+                reading.setdefault(anchor, []).append((cache, {side for a, side in sides if a is anchor}))
+            left.append(cache)
+        results: list[Site | RebuiltSite | Reject] = []
+        for anchor, result in joined.items():
+            caches = reading.get(anchor, [])
+            sides = set().union(*(sides for _, sides in caches))
+            if isinstance(result, Site) or sides != {"key", "value"}:
+                results.append(result)
+                continue
+            site = RebuiltSite(result.where, tuple(cache for cache, _ in caches), result)
+            left = [cache for cache in left if cache not in site.caches]
+            results.append(site)
+        results += [RebuiltSite(cache.write.buffer.name, (cache,)) for cache in left]
+        return results, {cache.write.buffer for caches in reading.values() for cache, _ in caches}
 
     def _is_read(self, buffer: fx.Node) -> bool:
         """Whether some attention reads the cache after all, so that its reject tells why nobody claimed it."""
@@ -299,6 +366,19 @@ def _worse(key: object, value: object) -> Problem:
         assert isinstance(cached, _Operand)
         return Problem(Reason.ONLY_ONE_CACHED, f"{cached.write.buffer}; the other {problems[0].detail}")
     return problems[0]
+
+
+def _dims(write: CacheWrite) -> tuple[int, int, int, int] | None:
+    """Which dim of a cache is batch, head, slot and channel, by its write and by custom; None if it cannot be held.
+
+    Batches stand outside of heads, and channels inside of all but slots. Where that is wrong, the cache is stored less
+    well, and read as well.
+    """
+    buffer, slot = write.buffer, write.slot_dim
+    if len(shape(buffer)) != 4 or dtype(buffer) not in _FLOATS:
+        return None
+    batch, head, channel = (d for d in range(4) if d != slot)
+    return (batch, head, slot, channel) if isinstance(shape(buffer)[channel], int) else None
 
 
 def _same_places(k: CacheWrite, v: CacheWrite) -> bool:
