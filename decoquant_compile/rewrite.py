@@ -222,9 +222,11 @@ class _Rewriter:
         """
         write, buffer = cache.write, cache.write.buffer
         readers = [user for user in buffer.users if user.target is not aten.sym_size.int]
+        # Where they are known by then, the new tokens keep the compiler from rebuilding the caches of all layers first.
+        after = write.new if write.new < min(readers) else None
         with self.graph.inserting_before(min(readers)):
             batch, heads, slots = (self._size(buffer, dim) for dim in cache.dims[:3])
-            dense = self.graph.call_function(ops.dequantise, (state, batch, heads, slots, format_.key()))
+            dense = self.graph.call_function(ops.dequantise, (state, batch, heads, slots, format_.key(), after))
             if cache.dims != (0, 1, 2, 3):
                 order = [cache.dims.index(dim) for dim in range(4)]
                 dense = self.graph.call_function(aten.permute.default, (dense, order))

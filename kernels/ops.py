@@ -24,7 +24,9 @@ _ATTEND: Final = (
     " Tensor? mask, float? scale, float? softcap, SymInt slots, SymInt first, SymInt length,"
     " str key_format, str value_format) -> Tensor"
 )
-_DEQUANTISE: Final = "dequantise_v3(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format) -> Tensor"
+_DEQUANTISE: Final = (
+    "dequantise_v4(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format, Tensor? after=None) -> Tensor"
+)
 
 
 def _store(
@@ -64,7 +66,15 @@ def _attend(
     )  # fmt: skip
 
 
-def _dequantise(state: Tensor, batch: int, heads: int, slots: int, format: str) -> Tensor:  # noqa: A002
+def _dequantise(
+    state: Tensor,
+    batch: int,
+    heads: int,
+    slots: int,
+    format: str,  # noqa: A002
+    after: Tensor | None = None,
+) -> Tensor:
+    del after
     return reference.dequantise(state, batch, heads, slots, Format.parse(format))
 
 
@@ -78,7 +88,15 @@ def _attend_fake(query: Tensor, *args: object) -> Tensor:
     return query.new_empty((*query.shape[:3], Format.parse(value_format).head_dim))
 
 
-def _dequantise_fake(state: Tensor, batch: int, heads: int, slots: int, format: str) -> Tensor:  # noqa: A002
+def _dequantise_fake(
+    state: Tensor,
+    batch: int,
+    heads: int,
+    slots: int,
+    format: str,  # noqa: A002
+    after: Tensor | None = None,
+) -> Tensor:
+    del after
     form = Format.parse(format)
     return state.new_empty((batch, heads, slots, form.head_dim), dtype=form.dtype)
 
@@ -110,5 +128,6 @@ store: Final = torch.ops.decoquant.store_v3.default
 """`reference.store` with the format as a key."""
 attend: Final = torch.ops.decoquant.attend_v3.default
 """`reference.attend` with the formats as keys."""
-dequantise: Final = torch.ops.decoquant.dequantise_v3.default
-"""`reference.dequantise` with the format as a key."""
+dequantise: Final = torch.ops.decoquant.dequantise_v4.default
+"""`reference.dequantise` with the format as a key. `after` is not read: a compiler that reorders cannot rebuild a cache
+before `after` has been computed, while nothing needs it yet."""

@@ -46,6 +46,15 @@ def hugging_face(name, attention="sdpa", **changes):
         ),
         "gpt_neox": lambda: transformers.GPTNeoXConfig(**whole),
         "opt": lambda: transformers.OPTConfig(**whole, ffn_dim=64, word_embed_proj_dim=64, init_std=0.2),
+        "deepseek_v3": lambda: transformers.DeepseekV3Config(
+            **whole,
+            kv_lora_rank=32,
+            q_lora_rank=32,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+            first_k_dense_replace=2,
+        ),
         "bloom": lambda: transformers.BloomConfig(**whole),
     }[name]()
     torch.manual_seed(0)

@@ -1,5 +1,7 @@
 """Which attentions a dim of a tensor is followed to."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,8 @@ def sides(function, dim=2, tensor=None):
     """The operands that dim `dim` of the first argument of `function(tensor, queries)` indexes."""
     recorder, _ = capture(function, cache() if tensor is None else tensor, queries(heads=HEADS))
     graph = recorder.graphs[0].graph
-    start = recorder.graphs[0].placeholders[0]
+    name = next(iter(inspect.signature(function).parameters))
+    (start,) = (n for n in recorder.graphs[0].placeholders if recorder.graphs[0].source(n) == f"L['{name}']")
     found = flow.attentions([(start, dim)], readers(graph))
     assert {anchor for anchor, _ in found} <= set(anchors(graph))
     return {side for _, side in found}
