@@ -48,6 +48,7 @@ def hugging_face(name, attention="sdpa", **changes):
         "opt": lambda: transformers.OPTConfig(**whole, ffn_dim=64, word_embed_proj_dim=64, init_std=0.2),
         "deepseek_v3": lambda: transformers.DeepseekV3Config(
             **whole,
+            num_key_value_heads=4,
             kv_lora_rank=32,
             q_lora_rank=32,
             qk_rope_head_dim=8,
