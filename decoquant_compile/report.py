@@ -58,10 +58,9 @@ class Finding:
         """The row of a site (rewritten) or of a reject."""
         if isinstance(found, RebuiltSite):
             reject = found.reject
-            form = f"{reject.core.form}, rebuilt" if reject and reject.core else "rebuilt"
-            why = f"{detail}: {reject.reason.name}" if reject else detail
+            form = f"{reject.core.form}, rebuilt" if reject.core else "rebuilt"
             writes = ", ".join(dict.fromkeys(cache.write.form for cache in found.caches))
-            return cls(found.where, source, writes, form, "rewritten", why)
+            return cls(reject.where, source, writes, form, "rewritten", f"{detail}: {reject.reason.name}")
         if isinstance(found, Site):
             form = found.core.form if found.read else f"{found.core.form}, own tokens only"
             return cls(found.core.node.name, source, found.key.form, form, "rewritten", detail)

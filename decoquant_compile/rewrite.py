@@ -241,7 +241,20 @@ class _Rewriter:
         with self.graph.inserting_before(last.next):
             new = self._tokens(write, cache.dims)
             stored, shift = self._placing(write, self._size(new, 2), slots, new)
-            self.graph.call_function(ops.store, (state, new, stored, None, None, slots, shift, 0, format_.key()))
+            rows = None
+            if write.partial is not None:
+                new, rows = self._padded(new, self._size(new, 0), batch)
+            self.graph.call_function(ops.store, (state, new, stored, None, None, slots, shift, 0, format_.key(), rows))
+
+    def _padded(self, new: fx.Node, written: Int, batch: Int) -> tuple[fx.Node, fx.Node]:
+        """New tokens of the first sequences as tokens of all, and which of them are to be stored: [batch, tokens]."""
+        tokens = self._size(new, 2)
+        missing = self._sub(batch, written)
+        rows = self._arange(0, batch, new)
+        new = self.graph.call_function(aten.constant_pad_nd.default, (new, [0] * 7 + [missing]))
+        rows = self.graph.call_function(aten.lt.Scalar, (rows, written))
+        rows = self.graph.call_function(aten.unsqueeze.default, (rows, 1))
+        return new, self.graph.call_function(aten.expand.default, (rows, [batch, tokens]))
 
     def _tokens(self, write: CacheWrite, dims: tuple[int, int, int, int]) -> fx.Node:
         """The new tokens as the cache would hold them: its dtype, [batch, heads, tokens, channels]."""

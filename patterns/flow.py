@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -24,40 +24,56 @@ _KEEPING = {
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.dropout.default),
     *(aten.view_as_complex.default, aten.view_as_real.default),
 }
+_PAIRING = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
+_SHAPED = {
+    *(aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like),
+    *(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full),
+}
 _NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 
 
-def attentions(starts: Iterable[tuple[fx.Node, int]], readers: dict[fx.Node, fx.Node]) -> set[tuple[fx.Node, Side]]:
-    """The attentions whose keys or values stand along a dim.
+def attentions(
+    start: fx.Node, dim: int, readers: dict[fx.Node, fx.Node], value: fx.Node | None = None
+) -> set[tuple[fx.Node, Side]]:
+    """The attentions whose keys or values stand along a dim, where nothing else uses its elements.
 
     Followed are movement, pointwise operators, products that do not sum over the dim, and what else keeps it: whatever
     is computed for each slot alone, from one cache or several. So states of convolutions and recurrences, which are
-    also written in place, are no caches.
+    also written in place, are no caches. What becomes of logits is the attention's own affair.
 
     Args:
-        starts: nodes, each with the dim to follow.
+        start: the tensor.
+        dim: which of its dims to follow.
         readers: the nodes at which attention weights are made or applied, each with the attention it belongs to.
+        value: what the graph may return: the tensor after its write.
 
     Returns:
-        Attentions, each with the operand that the dim indexes.
+        Attentions, each with the operand that the dim indexes; none where another use was found.
     """
     found: set[tuple[fx.Node, Side]] = set()
-    seen: set[tuple[fx.Node, int]] = set()
-    todo = list(starts)
+    seen: set[tuple[fx.Node, int, bool]] = set()
+    todo = [(start, dim, False)]
     while todo:
-        node, dim = todo.pop()
-        if (node, dim) in seen:
+        node, dim, multiplied = todo.pop()
+        if (node, dim, multiplied) in seen:
             continue
-        seen.add((node, dim))
+        seen.add((node, dim, multiplied))
         for user in node.users:
-            if user.op != "call_function":
-                continue
             if (attention := readers.get(user)) is not None and (sides := _sides(node, dim, user)):
                 found |= {(attention, side) for side in sides}
             elif (to := _follow(node, dim, user)) is not None:
-                todo.append((user, to))
+                todo.append((user, to, multiplied or user.target in _PAIRING))
+            elif not (multiplied or _ignores(node, user) or (user.op == "output" and node is value)):
+                return set()
     return found
+
+
+def _ignores(node: fx.Node, user: fx.Node) -> bool:
+    """Whether a user of `node` does not look at its elements."""
+    if getattr(user.target, "overloadpacket", None) in _SHAPED or user.target is aten.sym_size.int:
+        return True
+    return user.target is aten.copy.default and user.args[1] is not node
 
 
 def _sides(node: fx.Node, dim: int, reader: fx.Node) -> set[Side]:
@@ -75,6 +91,8 @@ def _sides(node: fx.Node, dim: int, reader: fx.Node) -> set[Side]:
 def _follow(node: fx.Node, dim: int, user: fx.Node) -> int | None:
     """The dim of `user` along which the elements of `node` stand that stood along `dim`; None if there is none."""
     target, rank = user.target, len(shape(node))
+    if user.op != "call_function":
+        return None
     if target in _RULES:
         return _RULES[target](node, dim, user)
     if target in _KEEPING:

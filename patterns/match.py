@@ -90,18 +90,15 @@ class RebuiltCache:
 
 @dataclass(frozen=True)
 class RebuiltSite:
-    """One attention that stays as it is, over caches that are rebuilt; or one such cache.
+    """One attention that stays as it is, over caches that are rebuilt.
 
     Attributes:
-        where: name of the attention's node, or of the cache's graph input.
-        caches: those that the attention reads; other sites may have the same.
-        reject: the attention, and why it cannot read the packed caches; None for a cache of an attention that reads
-            another one which is left dense.
+        reject: the attention, and why it cannot read the packed caches.
+        caches: where its keys and values come from; other sites may have the same.
     """
 
-    where: str
+    reject: Reject
     caches: tuple[RebuiltCache, ...]
-    reject: Reject | None = None
 
 
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
@@ -135,9 +132,8 @@ def match(normal: Normalised) -> list[Site | RebuiltSite | Reject]:
         normal: the graph.
 
     Returns:
-        One `Site`, `RebuiltSite` or `Reject` for each attention, in the graph's order, then a `RebuiltSite` for each
-        cache that belongs to none of them, and a `Reject` for each cache that the graph writes in a known way and no
-        attention reads.
+        One `Site`, `RebuiltSite` or `Reject` for each attention, in the graph's order, then a `Reject` for each
+        cache that the graph writes in a known way and no attention reads.
     """
     return _Matcher(normal).run()
 
@@ -205,31 +201,29 @@ class _Matcher:
                 continue
             site = self._join(core, *operands[core.node])
             joined.append(site if isinstance(site, Site) else Reject(site.reason, core.node.name, site.detail, core))
-        results, rebuilt = self._rebuild(dict(zip(known_by, joined, strict=True)))
+        results = self._rebuild(dict(zip(known_by, joined, strict=True)))
         unread = (b for b in self.writes if len(shape(b)) == 4 and b not in self.read_by and not self._is_read(b))
-        results += [Reject(Reason.WRITE_NOT_READ, buffer.name) for buffer in unread if buffer not in rebuilt]
+        results += [Reject(Reason.WRITE_NOT_READ, buffer.name) for buffer in unread]
         return results
 
-    def _rebuild(self, joined: dict[fx.Node, Site | Reject]) -> tuple[list[Site | RebuiltSite | Reject], set[fx.Node]]:
-        """Serve the caches of rejected attentions one by one, and say which those are.
+    def _rebuild(self, joined: dict[fx.Node, Site | Reject]) -> list[Site | RebuiltSite | Reject]:
+        """Serve rejected attentions whose keys and values all come from caches with writes that are understood.
 
         Args:
             joined: what each attention is, by its anchor.
         """
         held = {w.buffer for site in joined.values() if isinstance(site, Site) for w in (site.key, site.value)}
         reading: dict[fx.Node, list[tuple[RebuiltCache, set[flow.Side]]]] = {}
-        left: list[RebuiltCache] = []
         for buffer, write in self.writes.items():
             if buffer in held or buffer in self.outputs:  # what is returned would have to be the handle
                 continue
-            sides = flow.attentions([(buffer, write.slot_dim)], self.readers)
+            sides = flow.attentions(buffer, write.slot_dim, self.readers, write.value)
             dims = _dims(write)
             if not sides or dims is None:
                 continue
             cache = RebuiltCache(write, "key" if {side for _, side in sides} == {"key"} else "value", dims)
             for anchor in {anchor for anchor, _ in sides}:
                 reading.setdefault(anchor, []).append((cache, {side for a, side in sides if a is anchor}))
-            left.append(cache)
         results: list[Site | RebuiltSite | Reject] = []
         for anchor, result in joined.items():
             caches = reading.get(anchor, [])
@@ -237,11 +231,8 @@ class _Matcher:
             if isinstance(result, Site) or sides != {"key", "value"}:
                 results.append(result)
                 continue
-            site = RebuiltSite(result.where, tuple(cache for cache, _ in caches), result)
-            left = [cache for cache in left if cache not in site.caches]
-            results.append(site)
-        results += [RebuiltSite(cache.write.buffer.name, (cache,)) for cache in left]
-        return results, {cache.write.buffer for caches in reading.values() for cache, _ in caches}
+            results.append(RebuiltSite(result, tuple(cache for cache, _ in caches)))
+        return results
 
     def _is_read(self, buffer: fx.Node) -> bool:
         """Whether some attention reads the cache after all, so that its reject tells why nobody claimed it."""
@@ -300,6 +291,9 @@ class _Matcher:
         k, v = key.write, value.write
         if k.buffer is v.buffer:
             return Problem(Reason.SAME_TENSOR, k.buffer.name)
+        for write in (k, v):
+            if write.partial is not None:
+                return Problem(Reason.PARTIAL_BATCH, f"{write.buffer} is written along a part of dim {write.partial}")
         for buffer in (k.buffer, v.buffer):
             if (attentions := self.read_by[buffer]) != [core.node]:
                 return Problem(Reason.SHARED_CACHE, f"{buffer}: {', '.join(n.name for n in attentions)}")
@@ -378,7 +372,9 @@ def _dims(write: CacheWrite) -> tuple[int, int, int, int] | None:
     if len(shape(buffer)) != 4 or dtype(buffer) not in _FLOATS:
         return None
     batch, head, channel = (d for d in range(4) if d != slot)
-    return (batch, head, slot, channel) if isinstance(shape(buffer)[channel], int) else None
+    if write.partial not in (None, batch) or not isinstance(shape(buffer)[channel], int):
+        return None
+    return batch, head, slot, channel
 
 
 def _same_places(k: CacheWrite, v: CacheWrite) -> bool:

@@ -1,14 +1,13 @@
 """Caches that are stored packed and rebuilt in each call: what reads them is no attention that is rewritten."""
 
 import copy
-import sys
 from itertools import accumulate
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
+from tests.end_to_end import models
 from tests.end_to_end.harness import (
     NOISE,
     SMALL,
@@ -20,17 +19,9 @@ from tests.end_to_end.harness import (
     static_cache,
     tensors,
 )
-from tests.end_to_end.models import hugging_face, prompts
+from tests.end_to_end.models import CHANNELS, HEADS, KV_HEADS, SLOTS, CacheModel, hugging_face, prompts, rotated, steps
 
-SLOTS, WIDTH, HEADS, KV_HEADS, CHANNELS = 96, 64, 4, 2, 16
 CHUNKS = [30, 1, 7, 1, 1, 20, 1]
-
-
-def rotated(x, places):
-    """Rotary embedding of [..., tokens, channels]."""
-    angle = places[:, None] * 10 ** -torch.linspace(0, 2, x.shape[-1] // 2)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
 
 def rotary_after_the_cache(layer, q, keys, values, mask):
@@ -65,71 +56,18 @@ def tiled_heads(layer, q, keys, values, mask):
 READS = [rotary_after_the_cache, latent, weights_are_used_twice, sink, tiled_heads]
 
 
-class Layer(nn.Module):
-    """Attention over buffers [batch, heads, slots, channels], or with their dims in another order."""
-
-    def __init__(self, read, order=(0, 1, 2, 3)):
-        super().__init__()
-        self.read, self.order = read, order
-        self.back = [order.index(d) for d in range(4)]
-        self.qkv = nn.Linear(WIDTH, (HEADS + 2 * KV_HEADS) * CHANNELS, bias=False)
-        self.up = nn.Linear(2 * KV_HEADS * CHANNELS, 2 * HEADS * CHANNELS, bias=False)
-        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
-        for linear in (self.qkv, self.up, self.out):
-            nn.init.normal_(linear.weight, std=0.2)
-        for name in ("keys", "values"):
-            self.register_buffer(name, torch.zeros(1, KV_HEADS, SLOTS, CHANNELS).permute(order).contiguous())
-
-    def forward(self, x, positions, mask):
-        split = self.qkv(x).view(*x.shape[:2], -1, CHANNELS).transpose(1, 2).split([HEADS, KV_HEADS, KV_HEADS], 1)
-        q, *new = split
-        for cache, tokens in zip((self.keys, self.values), new, strict=True):
-            cache.index_copy_(self.order.index(2), positions, tokens.permute(self.order))
-        keys, values = (cache.permute(self.back) for cache in (self.keys, self.values))
-        y = self.read(self, rotated(q, positions), keys, values, mask)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class Model(nn.Module):
-    """Some layers; `forward(ids, positions)`."""
-
-    def __init__(self, *how, layers=2):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.norm = nn.Embedding(97, WIDTH), nn.LayerNorm(WIDTH)
-        self.layers = nn.ModuleList(Layer(*how) for _ in range(layers))
-
-    def forward(self, ids, positions):
-        x = self.embed(ids)
-        mask = torch.arange(SLOTS) <= positions[:, None]
-        for layer in self.layers:
-            x = x + layer(self.norm(x), positions, mask)
-        return self.norm(x)
-
-    @property
-    def caches(self):
-        return [cache for layer in self.layers for cache in (layer.keys, layer.values)]
-
-
 def forms(session):
     return {finding.form for finding in session.report().findings}
-
-
-def steps(ids):
-    at = 0
-    for tokens in ids.split(CHUNKS, 1):
-        yield tokens, torch.arange(at, at + tokens.shape[1])
-        at += tokens.shape[1]
 
 
 @pytest.mark.parametrize("read", READS)
 @torch.no_grad()
 def test_at_16_bits_it_is_the_dense_model(read):
-    model = Model(read)
+    model = CacheModel(read)
     twin = copy.deepcopy(model)
     with packing(bits=16) as session:
         forward = torch.compile(model.forward)
-        for call in steps(prompts(1, sum(CHUNKS))):
+        for call in steps(prompts(1, sum(CHUNKS)), CHUNKS):
             assert distance(forward(*call), twin(*call)) < NOISE
         assert_packed(model.caches)
     assert all(form.endswith("rebuilt") for form in forms(session))
@@ -139,17 +77,19 @@ def test_at_16_bits_it_is_the_dense_model(read):
 @torch.no_grad()
 def test_it_is_the_dense_model_over_the_cache_that_the_handles_show(order):
     """The call's own tokens are read exactly: the twin writes them again."""
-    model = Model(rotary_after_the_cache, order)
+    model = CacheModel(rotary_after_the_cache, order=order)
     with packing(bits=3, **SMALL) as session:
         forward = torch.compile(model.forward)
-        for call in steps(prompts(1, sum(CHUNKS))):
+        for call in steps(prompts(1, sum(CHUNKS)), CHUNKS):
             before = shown(model)
             assert distance(forward(*call), before(*call)) < noise(3)
         assert_packed(model.caches)
     assert forms(session) == {"sdpa, rebuilt"}
 
 
-@pytest.mark.parametrize(("attention", "bits"), [("sdpa", 16), pytest.param("eager", 16, marks=pytest.mark.slow), ("sdpa", 4)])
+@pytest.mark.parametrize(
+    ("attention", "bits"), [("sdpa", 16), pytest.param("eager", 16, marks=pytest.mark.slow), ("sdpa", 4)]
+)
 @torch.no_grad()
 def test_latent_attention_of_hugging_face(attention, bits):
     model, ids = hugging_face("deepseek_v3", attention), prompts(1, 9 + sum(CHUNKS))
@@ -177,16 +117,16 @@ def peak(call):
 
 @torch.no_grad()
 def test_one_layer_is_dense_at_a_time(monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "SLOTS", 4096)
+    monkeypatch.setattr(models, "SLOTS", 4096)
     peaks = []
     for layers in (2, 5):
-        model = Model(tiled_heads, layers=layers)
+        model = CacheModel(tiled_heads, layers=layers)
         with packing(bits=4, **SMALL):
             forward = torch.compile(model.forward)
             for at in (0, 1, 2):
                 forward(prompts(1, 1), torch.tensor([at]))
             peaks.append(peak(lambda: forward(prompts(1, 1), torch.tensor([3]))))  # noqa: B023
             assert_packed(model.caches)
-    layer = 2 * KV_HEADS * SLOTS * CHANNELS * 4
+    layer = 2 * KV_HEADS * models.SLOTS * CHANNELS * 4
     assert peaks[0] > layer  # else it measures nothing
     assert peaks[1] - peaks[0] < 3 * layer / 2

@@ -19,7 +19,7 @@ def sides(function, dim=2, tensor=None):
     graph = recorder.graphs[0].graph
     name = next(iter(inspect.signature(function).parameters))
     (start,) = (n for n in recorder.graphs[0].placeholders if recorder.graphs[0].source(n) == f"L['{name}']")
-    found = flow.attentions([(start, dim)], readers(graph))
+    found = flow.attentions(start, dim, readers(graph))
     assert {anchor for anchor, _ in found} <= set(anchors(graph))
     return {side for _, side in found}
 
@@ -70,6 +70,20 @@ def test_an_attention_that_is_spelled_out():
 )
 def test_what_mixes_slots_is_not(mix):
     assert sides(lambda c, q: attend(q, mix(c), mix(c))) == set()
+
+
+@pytest.mark.parametrize("use", [lambda c: c * 2, lambda c: c.sum(), lambda c: c.flatten(1, 2).sin().norm(dim=-1)])
+def test_what_is_used_elsewhere_as_well_is_not(use):
+    assert sides(lambda c, q: (attend(q, c.sin(), T[None]), use(c))) == set()
+
+
+def test_shapes_and_logits_may_be_used():
+    def function(c, q):
+        logits = q @ c.mT
+        logits = logits - logits.amax(-1, keepdim=True)
+        return logits.softmax(-1) @ T, logits, torch.zeros_like(c), c.shape[0]
+
+    assert sides(function) == {"key"}
 
 
 def test_other_dims_than_the_keys_are_not():
