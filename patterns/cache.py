@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -180,26 +181,27 @@ def _where(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Probl
 
 def _blend(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
     """The same with numbers: `cache * (1 - one_hot) + one_hot * new`."""
-    problem = Problem(Reason.UNKNOWN_WRITE, f"a sum, {seen}")
     terms = [plain(term) for term in seen.args[:2] if isinstance(term, fx.Node)]
-    if len(terms) != 2 or argument(seen, "alpha") != 1 or any(t.target is not aten.mul.Tensor for t in terms):
-        return problem
-    for old, added in (terms, terms[::-1]):
-        for base, rest in (old.args[:2], old.args[1::-1]):
-            for hot, new in (added.args[:2], added.args[1::-1]):
-                nodes = (base, rest, hot, new)
-                if not all(isinstance(x, fx.Node) for x in nodes) or plain(base) is not buffer:
-                    continue
-                if _complement(rest, hot):
-                    walk = peel(hot)
-                    return _one_hot(buffer, value, seen, _truth(walk.source, walk.nodes), new)
-    return problem
+    products = [
+        term.all_input_nodes
+        for term in terms
+        if term.target is aten.mul.Tensor and len(term.all_input_nodes) == 2 and argument(seen, "alpha") == 1
+    ]
+    for old, added in zip(products, products[::-1], strict=True):
+        if len(products) != 2:
+            break
+        for (base, rest), (hot, new) in itertools.product((old, old[::-1]), (added, added[::-1])):
+            if plain(base) is buffer and _complement(rest, hot):
+                walk = peel(hot)
+                return _one_hot(buffer, value, seen, _truth(walk.source, walk.nodes), new)
+    return Problem(Reason.UNKNOWN_WRITE, f"by a sum, {seen}")
 
 
 def _complement(node: fx.Node, of: fx.Node) -> bool:
     """Whether a node is 1 minus another."""
     if node.target is aten.rsub.Scalar:
-        return node.args[1] == 1 and argument(node, "alpha") == 1 and same_value(node.args[0], of)
+        ones = argument(node, "other") == 1 and argument(node, "alpha") == 1
+        return bool(ones) and same_value(node.args[0], of)
     return node.target is aten.sub.Tensor and constant(node.args[0]) == 1 and same_value(node.args[1], of)
 
 

@@ -217,17 +217,17 @@ class _Matcher:
         for buffer, write in self.writes.items():
             if buffer in held or buffer in self.outputs:  # what is returned would have to be the handle
                 continue
-            sides = flow.attentions(buffer, write.slot_dim, self.readers, write.value)
+            reached = flow.attentions(buffer, write.slot_dim, self.readers, write.value)
             dims = _dims(write)
-            if not sides or dims is None:
+            if not reached or dims is None:
                 continue
-            cache = RebuiltCache(write, "key" if {side for _, side in sides} == {"key"} else "value", dims)
-            for anchor in {anchor for anchor, _ in sides}:
-                reading.setdefault(anchor, []).append((cache, {side for a, side in sides if a is anchor}))
+            cache = RebuiltCache(write, "key" if {side for _, side in reached} == {"key"} else "value", dims)
+            for anchor in {anchor for anchor, _ in reached}:
+                reading.setdefault(anchor, []).append((cache, {side for a, side in reached if a is anchor}))
         results: list[Site | RebuiltSite | Reject] = []
         for anchor, result in joined.items():
             caches = reading.get(anchor, [])
-            sides = set().union(*(sides for _, sides in caches))
+            sides = {side for _, of_cache in caches for side in of_cache}
             if isinstance(result, Site) or sides != {"key", "value"}:
                 results.append(result)
                 continue
