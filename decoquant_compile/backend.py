@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from torch import Tensor, fx
+from torch import fx
 
 from decoquant_compile import _compat
 from decoquant_compile.allocate import Holding
@@ -18,7 +18,7 @@ from decoquant_compile.kernels.format import Format
 from decoquant_compile.normalize import Normal, normalise, records_gradients, unsupported
 from decoquant_compile.options import Options
 from decoquant_compile.patterns.cache import CacheWrite
-from decoquant_compile.patterns.match import Site, match
+from decoquant_compile.patterns.match import RebuiltSite, Site, match
 from decoquant_compile.patterns.reject import Reject
 from decoquant_compile.patterns.symbols import shape
 from decoquant_compile.report import Finding, GraphReport, Untouched
@@ -28,8 +28,8 @@ from decoquant_compile.runtime import DenseGraph, PackedGraph, announce
 log = logging.getLogger("decoquant_compile")
 
 Compiled: TypeAlias = Callable[..., Any]
-Plan: TypeAlias = tuple[Site, tuple[Format, Format]]
-"""A site to rewrite, with the packed formats of its keys and values."""
+Plan: TypeAlias = Site | RebuiltSite
+"""A site to rewrite."""
 
 
 def decoquant_backend(
@@ -91,11 +91,12 @@ def contained(report: GraphReport) -> Iterator[None]:
 
 def find(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport
-) -> tuple[Normal, list[Plan]] | None:
+) -> tuple[Normal, list[Plan], dict[fx.Node, Format]] | None:
     """Normalise a graph and say what to rewrite in it, with a row in the report for each attention.
 
     Returns:
-        The normal form and at least one plan; None, with the reason in the report, where the graph must stay as it is.
+        The normal form, at least one plan, and the packed format of each cache by its graph input; None, with the
+        reason in the report, where the graph must stay as it is.
     """
     if not mentions_attention(gm):
         report.untouched = Untouched.NO_ATTENTION
@@ -108,10 +109,10 @@ def find(
         return None
     normal = normalise(gm, example_inputs)
     results = match(normal)
-    formats = _formats([r for r in results if isinstance(r, Site)], normal, example_inputs, options)
+    formats = _formats([r for r in results if not isinstance(r, Reject)], normal, example_inputs, options)
     plans: list[Plan] = []
     for result in results:
-        finding, plan = _decide(result, normal, formats, options, {site.key.cache for site, _ in plans})
+        finding, plan = _decide(result, normal, formats, options, {_caches(site)[0][1].cache for site in plans})
         report.findings.append(finding)
         log.debug("graph %s: %s", report.name, finding)
         if plan is not None:
@@ -119,7 +120,7 @@ def find(
     if not plans:
         report.untouched = Untouched.NO_SITE
         return None
-    return normal, plans
+    return normal, plans, formats
 
 
 def mentions_attention(gm: fx.GraphModule) -> bool:
@@ -135,45 +136,54 @@ def mentions_attention(gm: fx.GraphModule) -> bool:
 
 
 def _decide(
-    result: Site | Reject,
+    result: Site | RebuiltSite | Reject,
     normal: Normal,
     formats: Mapping[fx.Node, Format],
     options: Options,
     packed: Collection[fx.Node],
 ) -> tuple[Finding, Plan | None]:
-    """What becomes of an attention, when others are to be rewritten whose caches of keys are `packed`."""
+    """What becomes of an attention, when others are to be rewritten whose first caches are `packed`."""
     if isinstance(result, Reject):
         return Finding.of(result, ""), None
-    key, value = formats[result.key.cache], formats[result.value.cache]
-    source = "" if result.key.born else normal.source(result.key.buffer)
-    limit = options.max_rewrites
-    if limit is not None and len(packed) >= limit and result.key.cache not in packed:
+    writes = [write for _, write, _ in _caches(result)]
+    first, limit = writes[0], options.max_rewrites
+    source = "" if first.born else normal.source(first.buffer)
+    if limit is not None and len(packed) >= limit and first.cache not in packed:
         why = f"max_rewrites={limit}"
         return replace(Finding.of(result, source, why), outcome="MAX_REWRITES"), None
-    return Finding.of(result, source, f"K{key.bits} V{value.bits}"), (result, (key, value))
+    held = (formats[write.cache] for write in writes)
+    return Finding.of(result, source, " ".join(f"{f.role[0].upper()}{f.bits}" for f in held)), result
+
+
+def _caches(site: Site | RebuiltSite) -> list[tuple[Role, CacheWrite, Dims]]:
+    """The caches of a site: role, write, layout."""
+    if isinstance(site, RebuiltSite):
+        return [(cache.side, cache.write, cache.dims) for cache in site.caches]
+    return [("key", site.key, site.dims), ("value", site.value, site.dims)]
 
 
 def _formats(
-    sites: Sequence[Site], normal: Normal, example_inputs: Sequence[Any], options: Options
+    sites: Sequence[Site | RebuiltSite], normal: Normal, example_inputs: Sequence[Any], options: Options
 ) -> dict[fx.Node, Format]:
-    """Packed formats of the sites' caches: those they are held in already, else as the options say."""
-    roles: tuple[Role, Role] = ("key", "value")
+    """Packed formats of all caches: those they are held in already, else as the options say."""
     caches: dict[fx.Node, tuple[Role, CacheWrite, Dims]] = {}
     for site in sites:
-        for role, write in zip(roles, (site.key, site.value), strict=True):
-            caches.setdefault(write.cache, (role, write, site.dims))
+        for role, write, dims in _caches(site):
+            caches.setdefault(write.cache, (role, write, dims))
+    rebuilt = {c.write.cache for site in sites if isinstance(site, RebuiltSite) for c in site.caches}
     holdings = [Holding(role, math.prod(map(_compat.hint_of, shape(cache)))) for cache, (role, *_) in caches.items()]
-    widths = options.widths(holdings)
 
-    def choose(role: Role, write: CacheWrite, dims: Dims, bits: int) -> Format:
+    def choose(cache: fx.Node, bits: int) -> Format:
+        role, write, dims = caches[cache]
         if not write.born:
             held = format_of(example_inputs[normal.placeholders.index(write.buffer)], dims)
-            if held is not None and held.role == role:
+            if held is not None and (held.role == role or cache in rebuilt):
                 return held
-        cache = write.cache.meta["val"]
-        return Format(role, bits, cache.shape[dims[3]], cache.dtype, options.sinks, options.window)
+        value = cache.meta["val"]
+        return Format(role, bits, value.shape[dims[3]], value.dtype, options.sinks, options.window)
 
-    return {cache: choose(*what, bits) for (cache, what), bits in zip(caches.items(), widths, strict=True)}
+    widths = options.widths(holdings)
+    return {cache: choose(cache, bits) for cache, bits in zip(caches, widths, strict=True)}
 
 
 def _packed(
@@ -187,10 +197,10 @@ def _packed(
     found = find(gm, example_inputs, options, report)
     if found is None:
         return None
-    normal, plans = found
+    normal, plans, formats = found
     if log.isEnabledFor(logging.DEBUG):
         log.debug("normalised graph:\n%s", str(normal.graph))  # as text: it is changed in place
-    rewritten = rewrite(normal, [site for site, _ in plans], [formats for _, formats in plans])
+    rewritten = rewrite(normal, plans, formats)
     log.debug("rewritten graph:\n%s", rewritten.gm.graph)
     _compat.trace_artifact("rewritten", lambda: str(rewritten.gm.graph))
     inputs = [*(_compat.canonical(example_inputs[i]) for i in rewritten.kept), *rewritten.examples]

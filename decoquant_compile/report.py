@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from decoquant_compile.kernels.state import CacheState
-from decoquant_compile.patterns.match import Site
+from decoquant_compile.patterns.match import RebuiltSite, Site
 from decoquant_compile.patterns.reject import Reject
 
 
@@ -35,7 +35,8 @@ class Finding:
         attention: name of the attention's node in the graph.
         keys: where the keys are cached, as Dynamo names it; "" if not cached.
         write: how the cache is written ("index_copy", "roll", ...); "" if not known.
-        form: form of the attention ("sdpa", ...).
+        form: form of the attention ("sdpa", ...); with "rebuilt" where it stays as it is and reads caches that are
+            dequantised in each call.
         outcome: "rewritten", or the reason why not.
         detail: more about the outcome.
     """
@@ -49,12 +50,17 @@ class Finding:
 
     @property
     def rewritten(self) -> bool:
-        """Whether the attention reads the packed cache."""
+        """Whether the cache is held packed for this attention."""
         return self.outcome == "rewritten"
 
     @classmethod
-    def of(cls, found: Site | Reject, source: str, detail: str = "") -> Self:
+    def of(cls, found: Site | RebuiltSite | Reject, source: str, detail: str = "") -> Self:
         """The row of a site (rewritten) or of a reject."""
+        if isinstance(found, RebuiltSite):
+            reject = found.reject
+            form = f"{reject.core.form}, rebuilt" if reject.core else "rebuilt"
+            writes = ", ".join(dict.fromkeys(cache.write.form for cache in found.caches))
+            return cls(reject.where, source, writes, form, "rewritten", f"{detail}: {reject.reason.name}")
         if isinstance(found, Site):
             form = found.core.form if found.read else f"{found.core.form}, own tokens only"
             return cls(found.core.node.name, source, found.key.form, form, "rewritten", detail)

@@ -1,7 +1,11 @@
-"""Graph surgery: the sites of a normalised graph become `store` and `attend` on packed state buffers."""
+"""Graph surgery: the sites of a normalised graph become `store` and `attend` on packed state buffers.
+
+A cache whose reads are none that we rewrite becomes `store` as well, and what the graph reads of it is made from
+`dequantise`: a dense tensor that lives while it is needed within the call.
+"""
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +17,7 @@ from decoquant_compile.kernels import ops
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.normalize import Normal, finish
 from decoquant_compile.patterns.cache import CacheWrite
-from decoquant_compile.patterns.match import Site
+from decoquant_compile.patterns.match import RebuiltCache, RebuiltSite, Site
 from decoquant_compile.patterns.symbols import Int, shape
 
 aten = torch.ops.aten
@@ -109,13 +113,13 @@ class Rewritten:
     sizes: Sizes
 
 
-def rewrite(normal: Normal, sites: Sequence[Site], formats: Sequence[tuple[Format, Format]]) -> Rewritten:
-    """Replace each site's cache writes by `store` and its attention by `attend`.
+def rewrite(normal: Normal, sites: Sequence[Site | RebuiltSite], formats: Mapping[fx.Node, Format]) -> Rewritten:
+    """Replace each site's cache writes by `store` and its attention by `attend`, or its caches by `dequantise`.
 
     Args:
         normal: the normalised graph; it is changed in place.
         sites: what to rewrite, in the graph's order, with all sites over the same caches.
-        formats: packed format of the keys and of the values of each site; the same for the same cache.
+        formats: how each cache is packed, by the node that stands for it.
 
     Returns:
         The graph, finished for Inductor, with the inputs it takes now.
@@ -138,28 +142,32 @@ class _Rewriter:
     def graph(self) -> fx.Graph:
         return self.normal.gm.graph
 
-    def run(self, sites: Sequence[Site], formats: Sequence[tuple[Format, Format]]) -> Rewritten:
+    def run(self, sites: Sequence[Site | RebuiltSite], formats: Mapping[fx.Node, Format]) -> Rewritten:
         inputs = self.normal.placeholders
-        sites = [self._full_mask(site) for site in sites]
-        storing = _storing(sites)
-        for site, (key_format, value_format) in zip(sites, formats, strict=True):
-            if site not in storing:
-                continue
+        attended = [self._full_mask(site) for site in sites if isinstance(site, Site)]
+        rebuilt = list({c.write.buffer: c for s in sites if isinstance(s, RebuiltSite) for c in s.caches}.values())
+        storing = _storing(attended)
+        for site in storing:
             self._note(site)
-            self._bind(site.key, site.dims, key_format)
-            self._bind(site.value, site.dims, value_format)
+            for write in (site.key, site.value):
+                self._bind(write, site.dims, formats[write.cache])
+        for cache in rebuilt:
+            self.wanted.append((_held(cache.write), None, 0))
+            self._bind(cache.write, cache.dims, formats[cache.write.cache])
         for site in storing:
             if site.key.grows:
                 self._make_room(site.key)
         # Before the writes go: the probe copies nodes of the graph as it came.
         probe = _probe(self.normal.gm, inputs, self.wanted)
         sizes = self._sizes(inputs, storing)
-        for site, pair in zip(sites, formats, strict=True):
-            self._replace(site, *pair, stores=site in storing)
+        for site in attended:
+            self._replace(site, formats[site.key.cache], formats[site.value.cache], stores=site in storing)
+        for cache in rebuilt:
+            self._rebuild(cache, self.states[cache.write.cache], formats[cache.write.cache])
         for old, new in self.replaced:  # last: one attention may be the operand of another
             old.replace_all_uses_with(new)
             self.graph.erase_node(old)
-        held = {write.cache for site in sites for write in (site.key, site.value)}
+        held = set(self.states)
         self.normal.mutations = [(value, target) for value, target in self.normal.mutations if target not in held]
         self.normal.outputs = tuple(None if x in held else x for x in self.normal.outputs)
         for node in self.graph.find_nodes(op="call_function", target=aten.view.default):
@@ -221,6 +229,7 @@ class _Rewriter:
                         outputs.append(number)
                     row.append((outputs.index(number),))
                 rows.append(tuple(row))
+        rows += [()] * (len(self.bindings) - len(rows))
         if not outputs:
             return Sizes(None, (), tuple(rows))
         graph, taken = _cut(self.normal.gm, inputs, outputs)
@@ -245,8 +254,7 @@ class _Rewriter:
             with self.graph.inserting_before(site.core.node):
                 first = self._add(first, 1)
         for write in (site.key, site.value):
-            held = next((x for x in (write.positions, write.start, write.kept) if x is not None), None)
-            self.wanted.append((held, site.core.mask if site.read is not None else None, first))
+            self.wanted.append((_held(write), site.core.mask if site.read is not None else None, first))
 
     def _replace(self, site: Site, key_format: Format, value_format: Format, *, stores: bool) -> None:
         core = site.core
@@ -285,6 +293,47 @@ class _Rewriter:
             if site.read is not None and not appended:
                 attend(stored)
 
+    def _rebuild(self, cache: RebuiltCache, state: fx.Node, format_: Format) -> None:
+        """Let the graph go on from the cache as it was before the write, rebuilt, and store what it writes.
+
+        The graph's own write stays, on the rebuilt tensor: so the new tokens are read exactly, as `attend` reads them.
+        """
+        write, buffer = cache.write, cache.write.buffer
+        readers = [user for user in buffer.users if user.target is not aten.sym_size.int]
+        # Where they are known by then, the new tokens keep the compiler from rebuilding the caches of all layers first.
+        after = write.new if write.new < min(readers) else None
+        with self.graph.inserting_before(min(readers)):
+            batch, heads, slots = (self._size(buffer, dim) for dim in cache.dims[:3])
+            dense = self.graph.call_function(ops.dequantise, (state, batch, heads, slots, format_.key(), after))
+            if cache.dims != (0, 1, 2, 3):
+                order = [cache.dims.index(dim) for dim in range(4)]
+                dense = self.graph.call_function(aten.permute.default, (dense, order))
+                dense = self.graph.call_function(
+                    aten.clone.default, (dense,), {"memory_format": torch.contiguous_format}
+                )
+            dense.meta["val"] = buffer.meta["val"]
+        for user in readers:
+            user.replace_input_with(buffer, dense)
+        needed = (dense, write.new, write.positions, write.start, write.kept)
+        last = max(node for node in needed if isinstance(node, fx.Node))
+        with self.graph.inserting_before(last.next):
+            new = self._tokens(write, cache.dims)
+            stored, shift = self._placing(write, self._size(new, 2), slots, 0, new)
+            rows = None
+            if write.partial is not None:
+                new, rows = self._padded(new, self._size(new, 0), batch)
+            self.graph.call_function(ops.store, (state, new, stored, None, None, slots, shift, 0, format_.key(), rows))
+
+    def _padded(self, new: fx.Node, written: Int, batch: Int) -> tuple[fx.Node, fx.Node]:
+        """New tokens of the first sequences as tokens of all, and which of them are to be stored: [batch, tokens]."""
+        tokens = self._size(new, 2)
+        missing = self._sub(batch, written)
+        rows = self._arange(0, batch, new)
+        new = self.graph.call_function(aten.constant_pad_nd.default, (new, [0] * 7 + [missing]))
+        rows = self.graph.call_function(aten.lt.Scalar, (rows, written))
+        rows = self.graph.call_function(aten.unsqueeze.default, (rows, 1))
+        return new, self.graph.call_function(aten.expand.default, (rows, [batch, tokens]))
+
     def _tokens(self, write: CacheWrite, dims: tuple[int, int, int, int]) -> fx.Node:
         """The new tokens as the cache would hold them: its dtype, [batch, heads, tokens, channels]."""
         new, dtype = write.new, write.cache.meta["val"].dtype
@@ -305,9 +354,7 @@ class _Rewriter:
         slots, shown = self.rooms[site.key.cache]
         return slots, self._add(shown, first)
 
-    def _placing(
-        self, write: CacheWrite, tokens: Int, slots: Int, first: Int, like: fx.Node
-    ) -> tuple[fx.Node, Int]:
+    def _placing(self, write: CacheWrite, tokens: Int, slots: Int, first: Int, like: fx.Node) -> tuple[fx.Node, Int]:
         """Slots that the new tokens take, after the cache has moved left by the second value."""
         if write.positions is not None:
             positions = write.positions
@@ -382,6 +429,11 @@ def _storing(sites: Sequence[Site]) -> list[Site]:
     return [site for site in sites if chosen[site.key.cache] is site]
 
 
+def _held(write: CacheWrite) -> Int | None:
+    """What bounds the tokens that a cache held before a write: their number, or the slots written."""
+    return next((x for x in (write.positions, write.start, write.kept) if x is not None), None)
+
+
 def _after_all(site: Site) -> fx.Node:
     """The first node before which all that a site needs has been computed.
 
@@ -442,7 +494,9 @@ def _probe(
     return Probe(*_cut(gm, inputs, outputs), *(tuple(column) for column in zip(*rows, strict=True)))
 
 
-def _cut(gm: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[Int]) -> tuple[fx.GraphModule, tuple[int, ...]]:
+def _cut(
+    gm: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[Int]
+) -> tuple[fx.GraphModule, tuple[int, ...]]:
     """The part of a graph that computes `outputs`, and which of `inputs` it takes."""
     needed: set[fx.Node] = set()
     todo = [x for x in outputs if isinstance(x, fx.Node)]

@@ -24,7 +24,9 @@ _ATTEND: Final = (
     " Tensor? mask, float? scale, float? softcap, SymInt slots, SymInt first, SymInt length,"
     " str key_format, str value_format, Tensor? sink=None) -> Tensor"
 )
-_DEQUANTISE: Final = "dequantise_v4(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format) -> Tensor"
+_DEQUANTISE: Final = (
+    "dequantise_v4(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format, Tensor? after=None) -> Tensor"
+)
 
 
 def _store(
@@ -65,7 +67,15 @@ def _attend(
     )  # fmt: skip
 
 
-def _dequantise(state: Tensor, batch: int, heads: int, slots: int, format: str) -> Tensor:  # noqa: A002
+def _dequantise(
+    state: Tensor,
+    batch: int,
+    heads: int,
+    slots: int,
+    format: str,  # noqa: A002
+    after: Tensor | None = None,
+) -> Tensor:
+    del after
     return reference.dequantise(state, batch, heads, slots, Format.parse(format))
 
 
@@ -79,7 +89,15 @@ def _attend_fake(query: Tensor, *args: object, **_kwargs: object) -> Tensor:
     return query.new_empty((*query.shape[:3], Format.parse(value_format).head_dim))
 
 
-def _dequantise_fake(state: Tensor, batch: int, heads: int, slots: int, format: str) -> Tensor:  # noqa: A002
+def _dequantise_fake(
+    state: Tensor,
+    batch: int,
+    heads: int,
+    slots: int,
+    format: str,  # noqa: A002
+    after: Tensor | None = None,
+) -> Tensor:
+    del after
     form = Format.parse(format)
     return state.new_empty((batch, heads, slots, form.head_dim), dtype=form.dtype)
 
@@ -112,4 +130,5 @@ store: Final = torch.ops.decoquant.store_v4.default
 attend: Final = torch.ops.decoquant.attend_v4.default
 """`reference.attend` with the formats as keys."""
 dequantise: Final = torch.ops.decoquant.dequantise_v4.default
-"""`reference.dequantise` with the format as a key."""
+"""`reference.dequantise` with the format as a key. `after` is not read: a compiler that reorders cannot rebuild a cache
+before `after` has been computed, while nothing needs it yet."""

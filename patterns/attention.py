@@ -10,40 +10,45 @@ from decoquant_compile.patterns.core import AttentionCore, mask_problem
 from decoquant_compile.patterns.reject import Problem, Reason, Reject
 from decoquant_compile.patterns.symbols import argument, shape
 
-__all__ = ["SDPA", "AttentionCore", "cores", "readers"]
+__all__ = ["SDPA", "AttentionCore", "anchors", "cores", "readers"]
 
 aten = torch.ops.aten
 
 SDPA = aten.scaled_dot_product_attention.default
 
 
-def readers(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes at which attention weights are made or applied: what flows in there has been read by an attention."""
-    found: set[fx.Node] = set()
+def readers(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The nodes at which attention weights are made or applied: what flows in there has been read by an attention.
+
+    Returns:
+        Each with the anchor of its attention; it may be no anchor of `anchors` where no attention was recognised.
+    """
+    found: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and (node.target is SDPA or flex.is_flex(node)):
-            found.add(node)
+        if _is_fused(node):
+            found[node] = node
         elif node.target in eager.SOFTMAX:
-            found |= {node, *eager.products_after(node)}
+            found |= dict.fromkeys((node, *eager.products_after(node)), node)
     return found
+
+
+def anchors(graph: fx.Graph) -> list[fx.Node]:
+    """One node of every attention, in the graph's order: its operator, or the softmax of one that is spelled out."""
+    return [n for n in graph.nodes if _is_fused(n) or (n.target in eager.SOFTMAX and eager.is_attention(n))]
 
 
 def cores(graph: fx.Graph) -> list[AttentionCore | Reject]:
-    """Every attention of a graph, in its order.
+    """Every attention of a graph, one for each of its `anchors`.
 
     Reading an attention that is no SDPA may add nodes to the graph that nothing in it uses.
     """
-    found: list[AttentionCore | Reject] = []
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is SDPA:
-            found.append(_sdpa(node))
-        elif flex.is_flex(node):
-            found.append(_judged(node, flex.read(node)))
-        elif node.target in eager.SOFTMAX and eager.is_attention(node):
-            found.append(_judged(node, eager.read(node)))
-    return found
+    return [_core(node) for node in anchors(graph)]
+
+
+def _core(node: fx.Node) -> AttentionCore | Reject:
+    if node.target is SDPA:
+        return _sdpa(node)
+    return _judged(node, flex.read(node) if flex.is_flex(node) else eager.read(node))
 
 
 def _sdpa(node: fx.Node) -> AttentionCore | Reject:
@@ -74,3 +79,7 @@ def _judged(node: fx.Node, core: AttentionCore | Problem) -> AttentionCore | Rej
 def _with_mask(core: AttentionCore) -> AttentionCore | Reject:
     problem = mask_problem(core)
     return core if problem is None else Reject(problem.reason, core.node.name, problem.detail, core)
+
+
+def _is_fused(node: fx.Node) -> bool:
+    return node.op == "call_function" and (node.target is SDPA or flex.is_flex(node))

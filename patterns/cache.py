@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from decoquant_compile.patterns.movement import is_identity, operand, peel, plain, sliced
+from decoquant_compile.patterns.movement import constant, is_identity, operand, peel, plain, sliced, start_of
 from decoquant_compile.patterns.reject import Problem, Reason
-from decoquant_compile.patterns.symbols import Int, Size, argument, as_int, dtype, known, same_shape, shape, size_of
+from decoquant_compile.patterns.symbols import (
+    Int,
+    Size,
+    argument,
+    as_int,
+    computed,
+    dtype,
+    known,
+    same_shape,
+    same_value,
+    shape,
+    size_of,
+)
 
 aten = torch.ops.aten
 
@@ -27,7 +40,7 @@ class CacheWrite:
     """New tokens placed in one cache tensor.
 
     Attributes:
-        form: "index_copy", "index_put", "slice", "roll", "append", "replace" or "cat".
+        form: "index_copy", "index_put", "scatter", "where", "slice", "roll", "append", "replace" or "cat".
         buffer: the cache tensor, a graph input; of a cache that the graph creates, what it is created from.
         value: the tensor after the write, which the graph copies into `buffer` or, if `returned`, gives its caller.
         new: the tokens written, dims in the buffer's order; sizes are those of the buffer but for `slot_dim`; where its
@@ -43,6 +56,7 @@ class CacheWrite:
             followed by all the new ones; "replace": the new tokens.
         offset: "append": the slot, before the write, that stands first in `seen`.
         returned: the value is a tensor of its own, and the buffer stays what it is.
+        partial: dim along which only the first sequences are written, as many as `new` has; None writes all.
     """
 
     form: str
@@ -57,6 +71,7 @@ class CacheWrite:
     wraps: bool = False
     offset: Int = 0
     returned: bool = False
+    partial: int | None = None
 
     @property
     def cache(self) -> fx.Node:
@@ -82,7 +97,7 @@ def parse(buffer: fx.Node, value: fx.Node) -> CacheWrite | Problem:
         value: the tensor that it becomes.
     """
     seen = plain(value)
-    rule = FORMS.get(seen.target)
+    rule = (FORMS | _BLENDS).get(seen.target)
     if rule is None:
         return Problem(Reason.UNKNOWN_WRITE, f"by {seen.target if seen.op == 'call_function' else seen.op}")
     return rule(buffer, value, seen)
@@ -202,11 +217,150 @@ def _slice_scatter(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite
     if (problem := _base_problem(buffer, seen.args[0])) is not None:
         return problem
     if part.target in FORMS and peel(part.all_input_nodes[0]).source is buffer:
-        return Problem(Reason.PARTIAL_BATCH if dim == 0 else Reason.UNKNOWN_WRITE, f"a write into a slice of dim {dim}")
+        return _partial(buffer, value, seen, part, dim)
     if span is None:
         return Problem(Reason.UNKNOWN_WRITE, f"slice from {argument(seen, 'start')} by {argument(seen, 'step')}")
     write = CacheWrite("slice", buffer, value, argument(seen, "src"), dim, seen, start=span.first)
     return _placed(write, span.length)
+
+
+def _partial(buffer: fx.Node, value: fx.Node, seen: fx.Node, part: fx.Node, dim: int) -> CacheWrite | Problem:
+    """A write into the first sequences of a cache, which are put back."""
+    base, span = plain(part.all_input_nodes[0]), sliced(seen)
+    problem = Problem(Reason.PARTIAL_BATCH if dim == 0 else Reason.UNKNOWN_WRITE, f"a write into a slice of dim {dim}")
+    if base.target is not aten.slice.Tensor or plain(operand(base)) is not buffer:
+        return problem
+    if span is None or span.first != 0 or sliced(base) != span or argument(base, "dim") % len(shape(base)) != dim:
+        return problem
+    write = FORMS[part.target](base, value, part)
+    if isinstance(write, Problem):
+        return write
+    outermost = 1 if write.slot_dim == 0 else 0  # sequences stand outside of heads
+    if dim != outermost or write.kept is not None or write.partial is not None:
+        return problem
+    return replace(write, buffer=buffer, seen=seen, partial=dim)
+
+
+def _scatter(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
+    """Elements at indices that are the same for all batches, heads and channels."""
+    dim, index, source = argument(seen, "dim") % len(shape(seen)), argument(seen, "index"), argument(seen, "src")
+    if (problem := _base_problem(buffer, seen.args[0])) is not None:
+        return problem
+    walk = peel(index)
+    for positions in (*reversed(walk.nodes), walk.source):
+        if len(shape(positions)) != 1 or dtype(positions) != torch.int64:
+            continue
+        tokens = shape(positions)[0]
+        block = (*shape(buffer)[:dim], tokens, *shape(buffer)[dim + 1 :])
+        dims = peel(index, until={positions}).axes.dims
+        alone = all(not isinstance(atom, int) for d, atoms in enumerate(dims) if d != dim for atom in atoms)
+        along = dims[dim] == (0,) or known(tokens == 1)
+        if alone and along and same_shape(shape(index), block) and same_shape(shape(source), block):
+            return _placed(CacheWrite("scatter", buffer, value, source, dim, seen, positions), tokens)
+    return Problem(Reason.UNKNOWN_WRITE, f"scatter of {list(shape(source))} by {index}")
+
+
+def _where(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
+    """One token where the number of the slot equals its position."""
+    condition, new, base = seen.args
+    assert isinstance(condition, fx.Node)
+    assert isinstance(new, fx.Node)
+    if (problem := _base_problem(buffer, base)) is not None:
+        return problem
+    return _one_hot(buffer, value, seen, condition, new)
+
+
+def _blend(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
+    """The same with numbers: `cache * (1 - one_hot) + one_hot * new`."""
+    terms = [plain(term) for term in seen.args[:2] if isinstance(term, fx.Node)]
+    products = [
+        term.all_input_nodes
+        for term in terms
+        if term.target is aten.mul.Tensor and len(term.all_input_nodes) == 2 and argument(seen, "alpha") == 1
+    ]
+    for old, added in zip(products, products[::-1], strict=True):
+        if len(products) != 2:
+            break
+        for (base, rest), (hot, new) in itertools.product((old, old[::-1]), (added, added[::-1])):
+            if plain(base) is buffer and _complement(rest, hot):
+                walk = peel(hot)
+                return _one_hot(buffer, value, seen, _truth(walk.source, walk.nodes), new)
+    return Problem(Reason.UNKNOWN_WRITE, f"by a sum, {seen}")
+
+
+def _complement(node: fx.Node, of: fx.Node) -> bool:
+    """Whether a node is 1 minus another."""
+    if node.target is aten.rsub.Scalar:
+        ones = argument(node, "other") == 1 and argument(node, "alpha") == 1
+        return bool(ones) and same_value(node.args[0], of)
+    return node.target is aten.sub.Tensor and constant(node.args[0]) == 1 and same_value(node.args[1], of)
+
+
+def _truth(source: fx.Node, nodes: Sequence[fx.Node]) -> fx.Node:
+    """The last boolean node of a walk that ends with numbers."""
+    return next((n for n in reversed(nodes) if dtype(n) == torch.bool), source)
+
+
+def _one_hot(buffer: fx.Node, value: fx.Node, seen: fx.Node, condition: fx.Node, new: fx.Node) -> CacheWrite | Problem:
+    """One token, put where `condition` holds: `arange(slots) == position`, broadcast."""
+    problem = Problem(Reason.UNKNOWN_WRITE, f"where {condition} holds")
+    walk = peel(condition)
+    equal, rank = walk.source, len(shape(buffer))
+    if equal.target is not aten.eq.Tensor or len(shape(condition)) > rank or dtype(equal) != torch.bool:
+        return problem
+    for line, position in (equal.args[:2], equal.args[1::-1]):
+        if not isinstance(line, fx.Node) or not isinstance(position, fx.Node) or dtype(position) != torch.int64:
+            continue
+        count = peel(line)
+        slots = _arange(count.source)
+        if slots is None or not all(known(size == 1) for size in shape(position)):
+            continue
+        # The one dim of `condition` that is not 1, counted from the last, is that of the slots.
+        sizes = shape(condition)
+        (dim, *others) = [d for d, size in enumerate(sizes) if not known(size == 1)] or [-1]
+        if dim < 0 or others or not known(sizes[dim] == slots) or not is_identity(walk) or not is_identity(count):
+            continue
+        dim += rank - len(sizes)
+        if not known(shape(buffer)[dim] == slots):
+            continue
+        if (size := as_int(slots, buffer.graph)) is None:
+            return _no_input(slots, buffer)
+        with buffer.graph.inserting_after(_last(position, size)):
+            places = computed(buffer.graph, aten.reshape.default, position, [1])
+        with buffer.graph.inserting_after(places):
+            beyond = computed(buffer.graph, aten.ge.Scalar, places, size)
+        with buffer.graph.inserting_after(beyond):  # nothing is written there: negative places are dropped
+            places = computed(buffer.graph, aten.masked_fill.Scalar, places, beyond, -1)
+        return _placed(CacheWrite("where", buffer, value, new, dim, seen, places), 1)
+    return problem
+
+
+def _arange(node: fx.Node) -> Size | None:
+    """How far a node counts from 0 by 1; None if it does not."""
+    plainly = {aten.arange.default, aten.arange.start, aten.arange.start_step}
+    if node.target not in plainly or dtype(node) != torch.int64 or len(node.args) > 2:
+        return None
+    return shape(node)[0] if node.target is aten.arange.default or node.args[0] == 0 else None
+
+
+def _last(*nodes: Int) -> fx.Node:
+    return max(node for node in nodes if isinstance(node, fx.Node))
+
+
+def _one_slot(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
+    """One slot, at an integer."""
+    dim, index, source = argument(seen, "dim") % len(shape(seen)), argument(seen, "index"), argument(seen, "src")
+    if (problem := _base_problem(buffer, seen.args[0])) is not None:
+        return problem
+    start = start_of(index, shape(buffer)[dim], 1)
+    block = (*shape(buffer)[:dim], *shape(buffer)[dim + 1 :])
+    if start is None or not same_shape(shape(source), block):
+        return Problem(Reason.UNKNOWN_WRITE, f"at the index {index} of dim {dim}")
+    if source.target is aten.copy.default and same_shape(shape(operand(source)), block):
+        source = operand(source)  # what `copy` is made from; the write casts
+    with buffer.graph.inserting_after(source):
+        new = computed(buffer.graph, aten.unsqueeze.default, source, dim)
+    return CacheWrite("slice", buffer, value, new, dim, seen, start=start)
 
 
 def _cat(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
@@ -266,7 +420,7 @@ def _base_problem(buffer: fx.Node, base: object) -> Problem | None:
     """What keeps a write from being the first one into the buffer; None if nothing does."""
     assert isinstance(base, fx.Node)
     base = plain(base)
-    if base is buffer:
+    if same_value(base, buffer):
         return None
     if base.target in FORMS and buffer in base.all_input_nodes:
         return Problem(Reason.TWO_WRITES, f"{base} before")
@@ -296,6 +450,11 @@ FORMS: dict[object, Callable[[fx.Node, fx.Node, fx.Node], CacheWrite | Problem]]
     aten.index_copy.default: _index_copy,
     aten.index_put.default: _index_put,
     aten.slice_scatter.default: _slice_scatter,
+    aten.scatter.src: _scatter,
+    aten.select_scatter.default: _one_slot,
     aten.cat.default: _cat,
     aten.slice.Tensor: _tail,
 }
+
+_BLENDS = {aten.where.self: _where, aten.add.Tensor: _blend}
+"""Common in other places: a write only where an input of the graph becomes the result."""

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import fx
 
-from decoquant_compile.patterns.attention import cores, readers
+from decoquant_compile.patterns import flow
+from decoquant_compile.patterns.attention import anchors, cores, readers
 from decoquant_compile.patterns.cache import CacheWrite, parse, parse_returned
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.movement import Repeat, Walk, moves, operand, peel, plain
@@ -72,6 +73,34 @@ class Site:
     groups: int
 
 
+@dataclass(frozen=True)
+class RebuiltCache:
+    """A cache that is stored packed and rebuilt in each call, because what reads it is no attention that we rewrite.
+
+    Attributes:
+        write: how it is written.
+        side: "key" if its slots index the keys of every attention that they reach, "value" otherwise.
+        dims: which of its dims is batch, head, slot, channel.
+    """
+
+    write: CacheWrite
+    side: flow.Side
+    dims: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class RebuiltSite:
+    """One attention that stays as it is, over caches that are rebuilt.
+
+    Attributes:
+        reject: the attention, and why it cannot read the packed caches.
+        caches: where its keys and values come from; other sites may have the same.
+    """
+
+    reject: Reject
+    caches: tuple[RebuiltCache, ...]
+
+
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 _LINEAR = {
     aten.linear.default,
@@ -92,15 +121,15 @@ class _Operand:
     own: bool  # the attention reads the tokens of this call, not the cache
 
 
-def match(normal: Normalised) -> list[Site | Reject]:
+def match(normal: Normalised) -> list[Site | RebuiltSite | Reject]:
     """Find every attention and say what it is.
 
     Args:
         normal: the graph.
 
     Returns:
-        One `Site` or `Reject` for each attention, in the graph's order, then a `Reject` for each cache that the graph
-        writes in a known way and no attention reads.
+        One `Site`, `RebuiltSite` or `Reject` for each attention, in the graph's order, then a `Reject` for each
+        cache that the graph writes in a known way and no attention reads.
     """
     return _Matcher(normal).run()
 
@@ -137,8 +166,8 @@ class _Matcher:
             self.evidence[write.seen] = None
         self.new[write.new] = None if write.new in self.new else write
 
-    def run(self) -> list[Site | Reject]:
-        found = cores(self.graph)
+    def run(self) -> list[Site | RebuiltSite | Reject]:
+        found, known_by = cores(self.graph), anchors(self.graph)
         operands: dict[fx.Node, tuple[_Operand | Problem, _Operand | Problem]] = {}
         for core in found:
             if isinstance(core, AttentionCore):
@@ -147,23 +176,53 @@ class _Matcher:
                 caches = tuple(side.write.cache for side in pair if isinstance(side, _Operand))
                 for cache in caches:
                     self.read_by.setdefault(cache, {})[core.node] = caches
-        joined: dict[fx.Node, Site | Problem] = {}
+        sites: dict[fx.Node, Site | Problem] = {}
         for core in found:
             if isinstance(core, AttentionCore):
-                joined[core.node] = self._join(core, *operands[core.node])
-        for cache in {site.key.cache: None for site in joined.values() if isinstance(site, Site)}:
-            group = {node: joined[node] for node in self.read_by[cache]}
+                sites[core.node] = self._join(core, *operands[core.node])
+        for cache in {site.key.cache: None for site in sites.values() if isinstance(site, Site)}:
+            group = {node: sites[node] for node in self.read_by[cache]}
             if (problem := self._share(list(group.values()))) is not None:
-                joined |= {node: problem for node, site in group.items() if isinstance(site, Site)}
-        results: list[Site | Reject] = []
+                sites |= {node: problem for node, site in group.items() if isinstance(site, Site)}
+        joined: list[Site | Reject] = []
         for core in found:
             if isinstance(core, Reject):
-                results.append(core)
+                joined.append(core)
                 continue
-            site = joined[core.node]
-            results.append(site if isinstance(site, Site) else Reject(site.reason, core.node.name, site.detail, core))
+            site = sites[core.node]
+            joined.append(site if isinstance(site, Site) else Reject(site.reason, core.node.name, site.detail, core))
+        results = self._rebuild(dict(zip(known_by, joined, strict=True)))
         unread = (c for c in self.writes if len(shape(c)) == 4 and c not in self.read_by and not self._is_read(c))
         results += [Reject(Reason.WRITE_NOT_READ, c.name) for c in unread if not self.writes[c].returned]
+        return results
+
+    def _rebuild(self, joined: dict[fx.Node, Site | Reject]) -> list[Site | RebuiltSite | Reject]:
+        """Serve rejected attentions whose keys and values all come from caches with writes that are understood.
+
+        Args:
+            joined: what each attention is, by its anchor.
+        """
+        held = {w.cache for site in joined.values() if isinstance(site, Site) for w in (site.key, site.value)}
+        reading: dict[fx.Node, list[tuple[RebuiltCache, set[flow.Side]]]] = {}
+        for buffer, write in self.writes.items():
+            # What is returned would have to be the handle.
+            if write.returned or buffer in held or buffer in self.outputs:
+                continue
+            reached = flow.attentions(buffer, write.slot_dim, self.readers, write.value)
+            dims = _dims(write)
+            if not reached or dims is None:
+                continue
+            cache = RebuiltCache(write, "key" if {side for _, side in reached} == {"key"} else "value", dims)
+            for anchor in {anchor for anchor, _ in reached}:
+                reading.setdefault(anchor, []).append((cache, {side for a, side in reached if a is anchor}))
+        results: list[Site | RebuiltSite | Reject] = []
+        for anchor, result in joined.items():
+            caches = reading.get(anchor, [])
+            sides = {side for _, of_cache in caches for side in of_cache}
+            if isinstance(result, Site) or sides != {"key", "value"}:
+                results.append(result)
+                continue
+            results.append(RebuiltSite(result, tuple(cache for cache, _ in caches)))
         return results
 
     def _is_read(self, cache: fx.Node) -> bool:
@@ -223,6 +282,9 @@ class _Matcher:
         k, v = key.write, value.write
         if k.cache is v.cache:
             return Problem(Reason.SAME_TENSOR, k.cache.name)
+        for write in (k, v):
+            if write.partial is not None:
+                return Problem(Reason.PARTIAL_BATCH, f"{write.buffer} is written along a part of dim {write.partial}")
         for cache in (k.cache, v.cache):
             if any(others != (k.cache, v.cache) for others in self.read_by[cache].values()):
                 names = ", ".join(n.name for n in self.read_by[cache])
@@ -307,6 +369,21 @@ def _worse(key: object, value: object) -> Problem:
         assert isinstance(cached, _Operand)
         return Problem(Reason.ONLY_ONE_CACHED, f"{cached.write.cache}; the other {problems[0].detail}")
     return problems[0]
+
+
+def _dims(write: CacheWrite) -> tuple[int, int, int, int] | None:
+    """Which dim of a cache is batch, head, slot and channel, by its write and by custom; None if it cannot be held.
+
+    Batches stand outside of heads, and channels inside of all but slots. Where that is wrong, the cache is stored less
+    well, and read as well.
+    """
+    buffer, slot = write.buffer, write.slot_dim
+    if len(shape(buffer)) != 4 or dtype(buffer) not in _FLOATS:
+        return None
+    batch, head, channel = (d for d in range(4) if d != slot)
+    if write.partial not in (None, batch) or not isinstance(shape(buffer)[channel], int):
+        return None
+    return batch, head, slot, channel
 
 
 def _same_places(k: CacheWrite, v: CacheWrite) -> bool:

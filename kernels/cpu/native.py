@@ -189,8 +189,17 @@ class Kernels:
         nbytes = buffer.nbytes // 64 * 64
         return int(self._read(buffer.data_ptr(), nbytes, self._gomp_parallel, torch.get_num_threads()))
 
-    def dequantise(self, state: Tensor, batch: int, heads: int, slots: int, format: str) -> Tensor:  # noqa: A002
+    def dequantise(
+        self,
+        state: Tensor,
+        batch: int,
+        heads: int,
+        slots: int,
+        format: str,  # noqa: A002
+        after: Tensor | None = None,
+    ) -> Tensor:
         """`reference.dequantise` with the format as a key."""
+        del after
         bound = bind(format, batch, heads, slots)
         if state.shape != (bound.nbytes,) or state.dtype != torch.uint8 or not state.is_contiguous():
             return reference.dequantise(state, batch, heads, slots, bound.form)  # which raises

@@ -46,6 +46,16 @@ def hugging_face(name, attention="sdpa", **changes):
         ),
         "gpt_neox": lambda: transformers.GPTNeoXConfig(**whole),
         "opt": lambda: transformers.OPTConfig(**whole, ffn_dim=64, word_embed_proj_dim=64, init_std=0.2),
+        "deepseek_v3": lambda: transformers.DeepseekV3Config(
+            **whole,
+            num_key_value_heads=4,
+            kv_lora_rank=32,
+            q_lora_rank=32,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+            first_k_dense_replace=2,
+        ),
         "bloom": lambda: transformers.BloomConfig(**whole),
         "gpt_oss": lambda: transformers.GptOssConfig(
             **sizes,
@@ -131,3 +141,74 @@ class BufferModel(nn.Module):
         for layer in self.layers:
             x = x + layer(self.norm(x), mask, positions, start)
         return self.head(self.norm(x))
+
+
+SLOTS, WIDTH, HEADS, KV_HEADS, CHANNELS = 96, 64, 4, 2, 16
+
+
+def rotated(x, places):
+    """Rotary embedding of [..., tokens, channels]."""
+    angle = places[:, None] * 10 ** -torch.linspace(0, 2, x.shape[-1] // 2)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+class CacheLayer(nn.Module):
+    """Attention over buffers [batch, heads, slots, channels], or with their dims in another order.
+
+    `write(cache, positions, tokens)` puts tokens, in the cache's order, into it; `read(layer, q, keys, values, mask)`
+    attends.
+    """
+
+    def __init__(self, read, order=(0, 1, 2, 3), write=None, batch=1):
+        super().__init__()
+        self.read, self.order, self.write = read, order, write
+        self.back = [order.index(d) for d in range(4)]
+        self.qkv = nn.Linear(WIDTH, (HEADS + 2 * KV_HEADS) * CHANNELS, bias=False)
+        self.up = nn.Linear(2 * KV_HEADS * CHANNELS, 2 * HEADS * CHANNELS, bias=False)
+        self.out = nn.Linear(HEADS * CHANNELS, WIDTH, bias=False)
+        for linear in (self.qkv, self.up, self.out):
+            nn.init.normal_(linear.weight, std=0.2)
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(batch, KV_HEADS, SLOTS, CHANNELS).permute(order).contiguous())
+
+    def forward(self, x, positions, mask):
+        split = self.qkv(x).view(*x.shape[:2], -1, CHANNELS).transpose(1, 2).split([HEADS, KV_HEADS, KV_HEADS], 1)
+        q, *new = split
+        for cache, tokens in zip((self.keys, self.values), new, strict=True):
+            if self.write is None:
+                cache.index_copy_(self.order.index(2), positions, tokens.permute(self.order))
+            else:
+                self.write(cache, positions, tokens.permute(self.order))
+        keys, values = (cache.permute(self.back)[: x.shape[0]] for cache in (self.keys, self.values))
+        y = self.read(self, rotated(q, positions), keys, values, mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class CacheModel(nn.Module):
+    """Some layers; `forward(ids, positions)`."""
+
+    def __init__(self, read, layers=2, **how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm = nn.Embedding(97, WIDTH), nn.LayerNorm(WIDTH)
+        self.layers = nn.ModuleList(CacheLayer(read, **how) for _ in range(layers))
+
+    def forward(self, ids, positions):
+        x = self.embed(ids)
+        mask = torch.arange(SLOTS) <= positions[:, None]
+        for layer in self.layers:
+            x = x + layer(self.norm(x), positions, mask)
+        return self.norm(x)
+
+    @property
+    def caches(self):
+        return [cache for layer in self.layers for cache in (layer.keys, layer.values)]
+
+
+def steps(ids, chunks):
+    """The calls that feed `ids` in chunks."""
+    at = 0
+    for tokens in ids.split(chunks, 1):
+        yield tokens, torch.arange(at, at + tokens.shape[1])
+        at += tokens.shape[1]

@@ -18,7 +18,6 @@ from tests.end_to_end.harness import (
     feed,
     noise,
     packing,
-    shown,
     static_cache,
     tensors,
     write_forms,
@@ -117,7 +116,8 @@ def grown_to(forward, model, ids, length):
 def test_two_continuations_of_one_prefix():
     model = hugging_face("llama")
     ids, other = prompts(1, 30), prompts(1, 30, seed=1)
-    expected = [feed(model, torch.cat((ids[:, :20], tail[:, 20:]), 1), [20, *[1] * 10], DynamicCache()) for tail in (ids, other)]
+    whole = [torch.cat((ids[:, :20], tail[:, 20:]), 1) for tail in (ids, other)]
+    expected = [feed(model, text, [20, *[1] * 10], DynamicCache()) for text in whole]
     with packing(bits=16, **SMALL):
         forward = torch.compile(model.forward)
         prefix = grown_to(forward, model, ids, 20)

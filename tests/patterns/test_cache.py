@@ -158,12 +158,120 @@ def test_replace():
     assert parsed.new.op == "placeholder"
 
 
-def where(c, x):
-    c.copy_(torch.where(torch.arange(SLOTS)[:, None] == 3, x, c))
+def at(position):
+    return torch.arange(SLOTS) == position
 
 
-def scatter(c, x):
-    c.scatter_(2, torch.full((BATCH, HEADS, 1, CHANNELS), 3), x)
+@pytest.mark.parametrize("position", [3, SLOTS - 1, SLOTS, SLOTS + 4, -1])
+@pytest.mark.parametrize("spelling", ["where", "where_small", "blend", "blend_in_place"])
+def test_one_token_where_the_slot_has_its_number(spelling, position):
+    def write(c, p, x):
+        hot = at(p)[None, None, :, None]
+        if spelling == "where":
+            c.copy_(torch.where(hot, x, c))
+        elif spelling == "where_small":
+            c.copy_(torch.where((torch.arange(SLOTS)[:, None] == p[:, None]), x, c))
+        elif spelling == "blend":
+            c.copy_(hot.to(x.dtype) * x + c * (1 - hot.to(x.dtype)))
+        else:
+            hot = hot.to(x.dtype)
+            c.mul_(1 - hot).add_(hot * x)
+
+    dense, places, added = cache(), torch.tensor([position]), new()
+    parsed = written(write, dense.clone(), places, added)
+    assert (parsed.form, parsed.slot_dim, parsed.wraps) == ("where", 2, False)
+    assert tuple(parsed.new.meta["val"].shape) == tuple(added.shape)
+    # What the attributes promise: negative places are dropped.
+    (place,) = evaluated(parsed.positions, places).tolist()
+    expected = dense.clone()
+    write(expected, places, added)
+    if place >= 0:
+        dense[:, :, place] = added[:, :, 0]
+    assert torch.equal(dense, expected)
+
+
+def evaluated(node, value):
+    """The value of a node that is computed from one input."""
+    if node.op == "placeholder":
+        return value
+    args = torch.fx.map_arg(node.args, lambda n: evaluated(n, value))
+    return node.target(*args, **node.kwargs)
+
+
+def test_scatter():
+    def write(c, p, x):
+        c.scatter_(2, p.view(1, 1, -1, 1).expand_as(x), x)
+
+    parsed = written(write, cache(), torch.tensor([3, 5]), new(2))
+    assert (parsed.form, parsed.slot_dim, parsed.wraps) == ("scatter", 2, False)
+    assert tuple(parsed.positions.meta["val"].shape) == (2,)
+
+
+def test_one_slot_at_an_integer():
+    def write(c, x):
+        c[:, :, -2] = x[:, :, 0]
+
+    parsed = written(write, cache(), new())
+    assert (parsed.form, parsed.slot_dim, parsed.start) == ("slice", 2, SLOTS - 2)
+    assert tuple(parsed.new.meta["val"].shape) == (BATCH, HEADS, 1, CHANNELS)
+
+
+@pytest.mark.parametrize("spelling", ["index_copy", "slice", "index_put"])
+def test_the_first_sequences(spelling):
+    def write(c, p, x):
+        part = c[:1]
+        if spelling == "index_copy":
+            part.index_copy_(2, p, x)
+        elif spelling == "slice":
+            c[:1, :, 3:5] = x
+        else:
+            part[:, :, p] = x
+
+    parsed = written(write, cache(), torch.tensor([3, 5]), new(2)[:1])
+    assert (parsed.form, parsed.slot_dim, parsed.partial) == (spelling, 2, 0)
+    assert parsed.buffer.op == "placeholder"
+    assert tuple(parsed.new.meta["val"].shape) == (1, HEADS, 2, CHANNELS)
+
+
+def where_even(c, x):
+    c.copy_(torch.where(torch.arange(SLOTS)[:, None] % 2 == 0, x, c))
+
+
+def where_one_channel(c, x):
+    c.copy_(torch.where(torch.arange(CHANNELS) == 3, x, c[:, :, :1]).expand_as(c))
+
+
+def where_each_its_own(c, x):
+    c.copy_(torch.where(torch.arange(SLOTS)[:, None] == torch.arange(BATCH)[:, None, None, None], x, c))
+
+
+def where_not(c, x):
+    c.copy_(torch.where(at(3)[:, None], c, x))
+
+
+def where_counting_from_one(c, x):
+    c.copy_(torch.where(torch.arange(1, SLOTS + 1)[:, None] == 3, x, c))
+
+
+def blend_of_halves(c, x):
+    c.mul_(0.5).add_(0.5 * x)
+
+
+def blend_of_others(c, x):
+    hot = at(3).to(x.dtype)[:, None]
+    c.mul_(1 - at(4).to(x.dtype)[:, None]).add_(hot * x)
+
+
+def scatter_channels_apart(c, x):
+    c.scatter_(2, torch.arange(CHANNELS).expand(BATCH, HEADS, 1, CHANNELS), x)
+
+
+def scatter_some_heads(c, x):
+    c.scatter_(2, torch.full((1,), 3).expand(BATCH, 1, 1, CHANNELS), x)
+
+
+def last_sequences(c, x):
+    c[1:, :, 3:4] = x[1:]
 
 
 def roll_up(c, x):
@@ -215,7 +323,11 @@ def part_of_the_heads(c, x):
     c[:, :1, 3:4] = x[:, :1]
 
 
-WRITES = [where, scatter, roll_up, roll_and_put_first, roll_two, accumulate, head_of_the_concatenation, not_the_tail]
+WRITES = [
+    *(where_even, where_one_channel, where_each_its_own, where_not, where_counting_from_one),
+    *(blend_of_halves, blend_of_others, scatter_channels_apart, scatter_some_heads),
+    *(roll_up, roll_and_put_first, roll_two, accumulate, head_of_the_concatenation, not_the_tail),
+]
 
 
 @pytest.mark.parametrize(
@@ -227,11 +339,8 @@ def test_what_is_not_understood_is_a_problem(write):
     assert problem.reason is Reason.UNKNOWN_WRITE
 
 
-def test_part_of_the_batch_is_a_problem():
-    def write(c, x):
-        c[:1, :, 3:4] = x[:1]
-
-    assert written(write, cache(), new()).reason is Reason.PARTIAL_BATCH
+def test_other_sequences_than_the_first_are_a_problem():
+    assert written(last_sequences, cache(), new()).reason is Reason.PARTIAL_BATCH
 
 
 def test_a_second_write_is_a_problem():

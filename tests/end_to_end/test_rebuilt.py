@@ -1,0 +1,132 @@
+"""Caches that are stored packed and rebuilt in each call: what reads them is no attention that is rewritten."""
+
+import copy
+from itertools import accumulate
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.end_to_end import models
+from tests.end_to_end.harness import (
+    NOISE,
+    SMALL,
+    assert_packed,
+    distance,
+    noise,
+    packing,
+    shown,
+    static_cache,
+    tensors,
+)
+from tests.end_to_end.models import CHANNELS, HEADS, KV_HEADS, SLOTS, CacheModel, hugging_face, prompts, rotated, steps
+
+CHUNKS = [30, 1, 7, 1, 1, 20, 1]
+
+
+def rotary_after_the_cache(layer, q, keys, values, mask):
+    keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (keys, values))
+    return F.scaled_dot_product_attention(q, rotated(keys, torch.arange(SLOTS)), values, mask)
+
+
+def latent(layer, q, keys, values, mask):
+    """Keys and values are linear maps of both caches, as in multi-head latent attention."""
+    both = torch.cat([keys, values], -1).transpose(1, 2).flatten(2)
+    k, v = layer.up(both).view(*both.shape[:2], HEADS, -1).transpose(1, 2).chunk(2, -1)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def weights_are_used_twice(layer, q, keys, values, mask):
+    keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (keys, values))
+    weights = (q @ keys.mT * 0.25).masked_fill(~mask, -1e9).softmax(-1)
+    return weights @ values * weights.amax(-1, keepdim=True)
+
+
+def sink(layer, q, keys, values, mask):
+    keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (keys, values))
+    logits = (q @ keys.mT * 0.25).masked_fill(~mask, -1e9)
+    return torch.cat([logits, logits[..., :1] * 0 + 1], -1).softmax(-1)[..., :-1] @ values
+
+
+def tiled_heads(layer, q, keys, values, mask):
+    keys, values = (x.repeat(1, HEADS // KV_HEADS, 1, 1) for x in (keys, values))
+    return F.scaled_dot_product_attention(q, keys, values, mask)
+
+
+READS = [rotary_after_the_cache, latent, weights_are_used_twice, sink, tiled_heads]
+
+
+def forms(session):
+    return {finding.form for finding in session.report().findings}
+
+
+@pytest.mark.parametrize("read", READS)
+@torch.no_grad()
+def test_at_16_bits_it_is_the_dense_model(read):
+    model = CacheModel(read)
+    twin = copy.deepcopy(model)
+    with packing(bits=16) as session:
+        forward = torch.compile(model.forward)
+        for call in steps(prompts(1, sum(CHUNKS)), CHUNKS):
+            assert distance(forward(*call), twin(*call)) < NOISE
+        assert_packed(model.caches)
+    assert all(form.endswith("rebuilt") for form in forms(session))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2)])
+@torch.no_grad()
+def test_it_is_the_dense_model_over_the_cache_that_the_handles_show(order):
+    """The call's own tokens are read exactly: the twin writes them again."""
+    model = CacheModel(rotary_after_the_cache, order=order)
+    with packing(bits=3, **SMALL) as session:
+        forward = torch.compile(model.forward)
+        for call in steps(prompts(1, sum(CHUNKS)), CHUNKS):
+            before = shown(model)
+            assert distance(forward(*call), before(*call)) < noise(3)
+        assert_packed(model.caches)
+    assert forms(session) == {"sdpa, rebuilt"}
+
+
+@pytest.mark.parametrize(
+    ("attention", "bits"), [("sdpa", 16), pytest.param("eager", 16, marks=pytest.mark.slow), ("sdpa", 4)]
+)
+@torch.no_grad()
+def test_latent_attention_of_hugging_face(attention, bits):
+    model, ids = hugging_face("deepseek_v3", attention), prompts(1, 9 + sum(CHUNKS))
+    with packing(bits=bits, **SMALL):
+        forward, cache = torch.compile(model.forward), static_cache(model, early=False)
+        model(input_ids=ids[:, :9], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        for number, tokens in enumerate(ids[:, 9:].split(CHUNKS, 1)):
+            got = forward(input_ids=tokens, past_key_values=cache).logits
+            expected = model(input_ids=tokens, past_key_values=twin).logits
+            if bits == 16 or number:  # the first call reads what it packs
+                assert distance(got, expected) < noise(bits), number
+            twin = twin if bits == 16 else shown(cache)
+        assert_packed(tensors(cache))
+
+
+def peak(call):
+    """Bytes that a call holds at most."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(nbytes for _, nbytes in changes))
+
+
+@torch.no_grad()
+def test_one_layer_is_dense_at_a_time(monkeypatch):
+    monkeypatch.setattr(models, "SLOTS", 4096)
+    peaks = []
+    for layers in (2, 5):
+        model = CacheModel(tiled_heads, layers=layers)
+        with packing(bits=4, **SMALL):
+            forward = torch.compile(model.forward)
+            for at in (0, 1, 2):
+                forward(prompts(1, 1), torch.tensor([at]))
+            peaks.append(peak(lambda: forward(prompts(1, 1), torch.tensor([3]))))  # noqa: B023
+            assert_packed(model.caches)
+    layer = 2 * KV_HEADS * models.SLOTS * CHANNELS * 4
+    assert peaks[0] > layer  # else it measures nothing
+    assert peaks[1] - peaks[0] < 3 * layer / 2

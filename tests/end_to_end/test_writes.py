@@ -1,0 +1,87 @@
+"""Ways to write a cache by hand: each gives what the dense model gives."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.end_to_end.harness import NOISE, SMALL, assert_packed, distance, noise, packing, shown, write_forms
+from tests.end_to_end.models import SLOTS, CacheModel, prompts, steps
+
+
+def attend(layer, q, keys, values, mask):
+    return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+
+def scatter(cache, positions, tokens):
+    cache.scatter_(2, positions.view(1, 1, -1, 1).expand_as(tokens), tokens)
+
+
+def where(cache, positions, tokens):
+    cache.copy_(torch.where((torch.arange(SLOTS) == positions).view(1, 1, SLOTS, 1), tokens, cache))
+
+
+def blend(cache, positions, tokens):
+    hot = (torch.arange(SLOTS) == positions).view(1, 1, SLOTS, 1).to(tokens.dtype)
+    cache.mul_(1 - hot).add_(hot * tokens)
+
+
+def put(cache, positions, tokens):
+    cache[:, positions] = tokens
+
+
+def first_sequences(cache, positions, tokens):
+    cache[: tokens.shape[0]].index_copy_(2, positions, tokens)
+
+
+def first_sequences_put(cache, positions, tokens):
+    cache[: tokens.shape[0], :, positions] = tokens
+
+
+def channels_before_slots(cache, positions, tokens):
+    cache[:, :, :, positions] = tokens
+
+
+ONE_BY_ONE, CHUNKS = [1] * 6, [30, 1, 7, 1, 1, 20, 1]
+WRITES = {
+    # write: (chunks, form, dims of the cache)
+    scatter: (CHUNKS, "scatter", (0, 1, 2, 3)),
+    where: (ONE_BY_ONE, "where", (0, 1, 2, 3)),
+    blend: (ONE_BY_ONE, "where", (0, 1, 2, 3)),
+    put: (CHUNKS, "index_put", (0, 2, 1, 3)),
+    channels_before_slots: (CHUNKS, "index_put", (0, 1, 3, 2)),
+    first_sequences: (CHUNKS, "index_copy", (0, 1, 2, 3)),
+    first_sequences_put: (CHUNKS, "index_put", (0, 1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@torch.no_grad()
+def test_at_16_bits_it_is_the_dense_model(write):
+    chunks, form, order = WRITES[write]
+    part = write.__name__.startswith("first_sequences")
+    model = CacheModel(attend, write=write, order=order, batch=3 if part else 2)
+    twin = copy.deepcopy(model)
+    with packing(bits=16) as session:
+        forward = torch.compile(model.forward)
+        for call in steps(prompts(2, sum(chunks)), chunks):
+            assert distance(forward(*call), twin(*call)) < NOISE
+        assert_packed(model.caches)
+    assert write_forms(session) == {form}
+    assert {f.form for f in session.report().findings} == {"sdpa, rebuilt" if part else "sdpa"}
+
+
+@torch.no_grad()
+def test_a_part_of_the_batch_leaves_the_rest():
+    model = CacheModel(attend, write=first_sequences, batch=3)
+    with packing(bits=4, **SMALL):
+        forward = torch.compile(model.forward)
+        for call in steps(prompts(3, sum(CHUNKS)), CHUNKS):
+            forward(*call)
+        for call in steps(prompts(2, sum(CHUNKS), seed=1), CHUNKS):
+            before = shown(model)
+            assert distance(forward(*call), before(*call)) < noise(4)  # it writes what it reads exactly
+            for now, expected in zip(shown(model).caches, before.caches, strict=True):
+                assert torch.equal(now[2], expected[2])
+        assert_packed(model.caches)
