@@ -257,7 +257,7 @@ def add_number_source(node: fx.Node, hint: int) -> torch.SymInt:
     shape_env: Any = context.fake_mode.shape_env
     symbol = shape_env.create_symbol(hint, source, symbolic_shapes.DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
     number: torch.SymInt = shape_env.create_symintnode(symbol, hint=hint, source=source)
-    node._dynamo_source = source  # type: ignore[attr-defined]
+    node._dynamo_source = source
     node.meta["val"] = number
     return number
 

@@ -172,7 +172,7 @@ def stretch_of(tensor: object, dims: Dims) -> Stretch | None:
     slot = dims[2]
     with _compat.no_subclass_dispatch():
         length, step = tensor.shape[slot], root.stride(slot)
-        skipped, rest = divmod(tensor.storage_offset(), step)
+        skipped, rest = divmod(int(tensor.storage_offset()), step)
         whole = all(tensor.shape[d] == root.shape[d] for d in range(4) if d != slot)
         in_place = all(tensor.stride(d) == root.stride(d) for d in range(4) if tensor.shape[d] > 1)
         if tensor.dtype != root.dtype or rest or not whole or not in_place or skipped + length > root.shape[slot]:

@@ -180,7 +180,7 @@ class _Rewriter:
         gm.recompile()
         left = gm.graph.find_nodes(op="placeholder")
         kept = tuple(inputs.index(node) for node in left if node in inputs)
-        examples = (*self.examples, *self.numbers)
+        examples: tuple[Tensor | torch.SymInt, ...] = (*self.examples, *self.numbers)
         return Rewritten(gm, kept, tuple(self.bindings), examples, probe, sizes)
 
     def _bind(self, write: CacheWrite, dims: tuple[int, int, int, int], format_: Format) -> None:

@@ -127,7 +127,8 @@ def _ingest(claim: Claim, length: int | None, mask: tuple[Tensor, int] | None) -
     """A packed state with the content of a dense tensor."""
     with torch.inference_mode(mode=False), torch.no_grad():
         dense = claim.tensor.permute(claim.dims)
-        state = CacheState.empty(claim.format, *dense.shape[:3], dense.device)
+        batch, heads, slots, _ = dense.shape
+        state = CacheState.empty(claim.format, batch, heads, slots, dense.device)
         ingest(dense, state, length, mask)
     return state
 

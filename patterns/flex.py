@@ -159,7 +159,8 @@ class _Grid:
             node = _compat.size_node(self.graph, size)
         except LookupError as error:
             raise _RefusedError(Reason.UNDECIDED_SIZE, str(error)) from None
-        node.meta.setdefault("val", size)
+        if isinstance(node, fx.Node):
+            node.meta.setdefault("val", size)
         return node
 
     def _number(self, axis: int) -> fx.Node:

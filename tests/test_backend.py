@@ -195,6 +195,24 @@ def test_max_rewrites_bisects():
 
 
 @torch.no_grad()
+def test_max_rewrites_leaves_no_cache_to_some_of_its_attentions():
+    def function(q, k, v, first, second, positions, mask):
+        q = step(step(q, k, v, *first, positions, mask), k, v, *second, positions, mask)
+        one, other = (F.scaled_dot_product_attention(q, *x, mask, enable_gqa=True) for x in (first, second))
+        return one + other
+
+    q, k, v, keys, values, positions, mask = cached_arguments()
+    first, second = copies((keys, values)), copies((values, keys))
+    fn = torch.compile(function, backend=decoquant_backend, options={"bits": 16, "max_rewrites": 1})
+    with reports() as graphs:
+        got = fn(q, k, v, first, second, positions, mask)
+    expected = function(q, k, v, copies((keys, values)), copies((values, keys)), positions, mask)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+    assert [type(t) is CacheTensor for t in (*first, *second)] == [True, True, False, False]
+    assert [f.outcome for f in graphs[0].findings] == ["rewritten", "MAX_REWRITES"] * 2
+
+
+@torch.no_grad()
 def test_inference_mode():
     arguments = cached_arguments()
     fn = torch.compile(step, backend=decoquant_backend, **EXACT)

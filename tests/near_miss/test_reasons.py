@@ -193,7 +193,7 @@ def keys_and_values_swapped_by_another(q, k, v, keys, values, positions, mask):
     return attend(q, keys, values, mask) + attend(q + 1, values, keys, mask)
 
 
-@miss(Reason.SHARED_CACHE, among=True)
+@miss(Reason.SHARED_CACHE, among=True, rebuilt=2)
 def another_attention_stays(q, k, v, keys, values, positions, mask):
     write(keys, values, positions, k, v)
     tiled = (x.repeat(1, GROUPS, 1, 1) for x in (keys, values))
