@@ -272,7 +272,8 @@ class Transients:
         with internal():  # a transient of inference mode would not count its versions
             order = [root._dims.index(i) for i in range(4)]
             dense = _content(root).permute(order).contiguous()
-            if dense.is_inference() or _compat.storage_id(dense) == _compat.storage_id(root._state.buffer):
+            shared = _compat.storage_id(dense) == _compat.storage_id(root._state.buffer)
+            if shared or dense.is_inference() or dense.untyped_storage().nbytes() != dense.nbytes:
                 dense = dense.clone()
         self._roots[_compat.storage_id(dense)] = (root, dense, _compat.version(dense))
         return dense

@@ -133,6 +133,15 @@ def test_restore_and_bytes():
     assert torch.equal(torch.cat([early, x], 2)[:, :, 60:], x)
 
 
+@pytest.mark.parametrize(("batch", "heads", "count"), [(1, 1, 1), (1, 1, 90), (1, 3, 5), (2, 1, 128)])
+def test_restore_gives_memory_of_the_right_size(batch, heads, count):
+    x = torch.randn(batch, heads, count, 16)
+    handle = grown(x)
+    assert torch.equal(decoquant_compile.restore(copy.deepcopy(handle)), x)
+    assert decoquant_compile.restore(handle).untyped_storage().nbytes() == x.nbytes
+    assert torch.equal(handle, x)
+
+
 def test_a_window_that_slides_leaves_old_tokens_behind():
     x = tokens(1000)
     handle = grown(x[:, :, :40])
