@@ -6,7 +6,7 @@ Nothing here knows an architecture: a configuration is shrunk by the names of it
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,19 +19,17 @@ from transformers.models.auto import modeling_auto
 
 VOCABULARY: Final = 128
 SLOTS: Final = 32
-SLIDING_WINDOW: Final = 8
 _SOURCE_TOKENS: Final = 7
-_HEADS: Final = 4
 
 # What a parameter of a configuration may be at most, by its name; the first pattern that fits counts.
 _LIMITS: Final[Sequence[tuple[str, int]]] = (
     (r".*_token(_id|_index|s)?", 3),
     (r".*vocab.*", VOCABULARY),
-    (r"n_window.*|.*(window|chunk)_(size|len|length)|.*sliding_window(_size)?|local_attention|.*block_size", SLIDING_WINDOW),
+    (r"n_window.*|.*(window|chunk)_(size|len|length)|.*sliding_window(_size)?|local_attention|.*block_size", 8),
     (r".*(max|num|n)_.*position.*|n_ctx|(max_seq|model_max|max|context)_(len|length)", 256),
     (r"(?!max_window).*(layers|n_layer|depth|num_blocks)", 2),
     (r".*(key_value_heads|kv_n_heads|kv_heads|query_groups)", 2),
-    (r".*(heads|n_head)", _HEADS),
+    (r".*(heads|n_head)", 4),
     (r"index_topk", 4),
     (r".*(rope_head_dim|rotary_dim|dt_rank)", 8),
     (r".*(qk_head_dim)", 24),
@@ -45,46 +43,57 @@ _LIMITS: Final[Sequence[tuple[str, int]]] = (
     (r"query_pre_attn_scalar", 16),
     (r"num_mel_bins", 8),
 )
-
-
+# Of every model: weights large enough for peaked attention.
+_COMMON: Final[Mapping[str, Any]] = {
+    "use_cache": True,
+    "is_decoder": True,
+    "initializer_range": 0.1,
+    "init_std": 0.1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+_HYBRID: Final[Mapping[str, Any]] = {
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "attn_layer_indices": [1],
+    "block_types": ["recurrent", "attention"],
+    "layers_block_type": ["mamba", "attention"],
+    "mamba_d_ssm": 128,
+    "mamba_dt_rank": 4,
+    "mamba_n_heads": 8,
+    "use_mamba_kernels": False,
+}
+# Some parameters depend on each other; the first of these sets of values with which a model runs is taken.
+_VARIANTS: Final[Sequence[Mapping[str, Any]]] = (
+    {},
+    {"num_key_value_heads": 4},
+    {"head_dim": 16, "num_key_value_heads": 2},
+    _HYBRID,
+    _HYBRID | {"layer_types": ["mamba", "attention"]},
+    {"layer_types": ["full_attention"] * 2},
+    {"attention_types": [[["global", "local"], 1]]},
+)
+_DECODERS: Final = (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,)
 _PAIRS: Final = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
-_HYBRID: Final[Mapping[str, Any]] = {
-    "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
-    "attn_layer_indices": [1], "block_types": ["recurrent", "attention"], "mamba_dt_rank": 4, "use_mamba_kernels": False,
-    "layers_block_type": ["mamba", "attention"], "mamba_d_ssm": 128,
-}
-_VARIANTS: Final[Sequence[Mapping[str, Any]]] = (
-    {},
-    {"num_key_value_heads": _HEADS},
-    {"head_dim": 16, "num_key_value_heads": 2},
-    _HYBRID | {"mamba_n_heads": 8},
-    _HYBRID | {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8},
-    {"layer_types": ["full_attention"] * 2},
-    {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 256},
-    {"num_experts_per_tok": 1},
-)
+_PAIRED: Final = ":seq2seq"
+_LAYER_SORTS: Final = 6  # a list of more different values than this does not say what sort of layer a layer is
 
 
 class Unavailable(Exception):  # noqa: N818 - a fact about the library
-    """The library has no such model."""
+    """The library has no such model, or not with this attention."""
 
 
 @dataclass
 class _Encoded(BaseModelOutput):
-    """What any encoder returns."""
+    """What the encoders of the library return."""
 
     attention_mask: Tensor | None = None
     router_logits: Any = None
-
-
-def names() -> list[str]:
-    """Model types that the library maps to a causal decoder or to an encoder-decoder, as "llama" or "bart-decoder"."""
-    decoders = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    pairs = dict.fromkeys(name for mapping in _PAIRS for name in mapping)
-    return [*decoders, *(f"{name}:seq2seq" for name in pairs)]
 
 
 class Architecture:
@@ -92,42 +101,48 @@ class Architecture:
 
     Attributes:
         model: the model.
-        attention: name of its attention implementation.
+        config: the configuration of its decoder.
+        paired: it is an encoder-decoder.
+        caches: layers of its cache that hold keys; 0 if it has no KV cache.
 
     Raises:
         Unavailable: the library has no such model, or not with this attention.
     """
 
     def __init__(self, name: str, attention: str) -> None:
-        kind, _, paired = name.partition(":")
-        mappings = _PAIRS if paired else (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,)
-        model = next(mapping[kind] for mapping in mappings if kind in mapping)
-        model_class = getattr(transformers, model if isinstance(model, str) else model[0])
+        self.paired = name.endswith(_PAIRED)
+        kind = name.removesuffix(_PAIRED)
+        found = next(mapping[kind] for mapping in (_PAIRS if self.paired else _DECODERS) if kind in mapping)
+        model_class = getattr(transformers, found if isinstance(found, str) else found[0])
         problems: list[str] = []
         for changes in _VARIANTS:
             try:
                 config = tiny_config(transformers.CONFIG_MAPPING[kind], **changes)
-                torch.manual_seed(0)
-                # Outside of torch.compile, flex_attention compiles itself at every shape: the trial run goes without.
-                trial = "eager" if attention == "flex_attention" else attention
-                self.model: nn.Module = model_class._from_config(config, attn_implementation=trial).eval()
-                self.config = config.get_text_config(decoder=True)
-                self.paired = bool(paired)
                 if self.paired and not config.is_encoder_decoder:
-                    raise Unavailable("not an encoder-decoder")
-                with torch.no_grad():
-                    cache = self.cache("dynamic")
-                    for size in (3, 1):
-                        self.step(self.model, cache, prompts(1, size))
-                self.caches = len(cached_layers(cache))
-                if trial != attention:
-                    self.model = model_class._from_config(config, attn_implementation=attention).eval()
-                return
+                    raise Unavailable("it is no encoder-decoder")
+                self.config = config.get_text_config(decoder=True)
+                self.caches = self._try(model_class, config)
             except Unavailable:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever the library raises is its answer
-                problems.append(f"{type(error).__name__}: {error}")
-        raise Unavailable(problems[0])
+                problems.append(_line(error))
+                continue
+            break
+        else:
+            raise Unavailable(problems[0])
+        try:
+            self.model = _build(model_class, config, attention)
+        except (ValueError, ImportError) as error:
+            raise Unavailable(_line(error)) from None
+
+    def _try(self, model_class: Any, config: PreTrainedConfig) -> int:
+        """Run the model, spelled out, and count the layers that its cache got."""
+        self.model: nn.Module = _build(model_class, config, "eager")
+        cache = self.cache("dynamic")
+        with torch.no_grad():
+            for tokens in (3, 1):
+                self.step(self.model, cache, prompts(1, tokens))
+        return self.cached(cache)
 
     def cache(self, kind: str) -> Any:
         """A fresh cache, "static" or "dynamic"."""
@@ -137,8 +152,8 @@ class Architecture:
 
         return EncoderDecoderCache(one(SLOTS), one(_SOURCE_TOKENS)) if self.paired else one(SLOTS)
 
-    def step(self, forward: Any, cache: Any, ids: Tensor) -> Tensor:
-        """Logits of `ids` after what the cache holds."""
+    def step(self, forward: Callable[..., Any], cache: Any, ids: Tensor) -> Tensor:
+        """Logits ``[batch, tokens, vocabulary]`` of `ids` ``[batch, tokens]`` after what the cache holds."""
         if not self.paired:
             return forward(input_ids=ids, past_key_values=cache, use_cache=True).logits
         generator = torch.Generator().manual_seed(1)
@@ -146,61 +161,78 @@ class Architecture:
         encoded = _Encoded(last_hidden_state=source)
         return forward(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=cache, use_cache=True).logits
 
+    @staticmethod
+    def cached(cache: Any) -> int:
+        """How many of a cache's layers hold keys."""
+        parts = (getattr(cache, "self_attention_cache", cache), getattr(cache, "cross_attention_cache", None))
+        layers = [layer for part in parts if part is not None for layer in part.layers]
+        return sum(isinstance(keys := getattr(layer, "keys", None), Tensor) and keys.numel() > 0 for layer in layers)
 
-def cached_layers(cache: Any) -> list[Any]:
-    """The layers of a cache that hold keys."""
-    both = (getattr(cache, "self_attention_cache", cache), getattr(cache, "cross_attention_cache", None))
-    layers = [layer for part in both if part is not None for layer in part.layers]
-    return [layer for layer in layers if isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.numel()]
+
+def names() -> list[str]:
+    """Model types that the library maps to a causal decoder, as "llama", or to an encoder-decoder, as "t5:seq2seq"."""
+    decoders = [name for mapping in _DECODERS for name in mapping]
+    pairs = dict.fromkeys(name for mapping in _PAIRS for name in mapping)
+    return [*decoders, *(name + _PAIRED for name in pairs)]
 
 
-def prompts(batch: int, tokens: int, seed: int = 0) -> Tensor:
-    """Random tokens, none of them special."""
-    return torch.randint(4, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+def prompts(batch: int, tokens: int) -> Tensor:
+    """Random tokens ``[batch, tokens]``, none of them special."""
+    return torch.randint(4, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def tiny_config(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
-    """A configuration of two layers, or one of each sort, of the least width.
+    """A configuration of two layers, or of one of each sort, of the least width.
 
     Args:
         kind: the configuration's class.
-        **changes: parameters that it shall have all the same.
+        **changes: parameters that it shall have all the same, where it knows them.
     """
     default = kind()
     values = default.to_dict()
-    sizes: dict[str, Any] = {}
+    parameters = inspect.signature(kind.__init__).parameters
     layers = values.get(default.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
-    per_layer: dict[str, list[Any]] = {}
-    for name in inspect.signature(kind.__init__).parameters:
+    sizes: dict[str, Any] = {}
+    per_layer: dict[str, Sequence[Any]] = {}
+    for name in parameters:
         value = values.get(name)
         if isinstance(value, dict) and isinstance(part := getattr(default, name, None), PreTrainedConfig):
             sizes[name] = tiny_config(type(part))
         elif isinstance(value, list | tuple) and len(value) == layers:
-            per_layer[name] = list(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
+            per_layer[name] = value
+        else:
             sizes[name] = _limited(name, value)
-    if layers:
-        number = {i: None for i in range(2)}
-        if per_layer:
-            sorts: dict[str, int] = {}
-            for i, sort in enumerate(zip(*per_layer.values(), strict=True)):
-                sorts.setdefault(str(sort), i)
-            chosen = sorted({*sorts.values(), *([] if len(sorts) > 1 else [0, 1])})
-            number = dict.fromkeys(chosen)
-            for name, values in per_layer.items():
-                sizes[name] = [_limited(name, values[i]) for i in chosen]
-        for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers", "num_decoder_layers"):
-            if name in sizes:
-                sizes[name] = len(number)
-    known = {*inspect.signature(kind.__init__).parameters, *kind.attribute_map}
-    common = {"use_cache": True, "is_decoder": True, "initializer_range": 0.1, "init_std": 0.1, "pad_token_id": 0}
-    common |= {"tie_word_embeddings": False} if "tie_word_embeddings" in known else {}
-    sizes |= {name: value for name, value in common.items() if name in known}
-    return kind(**sizes | {name: value for name, value in changes.items() if name in known})
+    chosen = _of_each_sort(per_layer)
+    sizes |= {name: [_limited(name, value[i]) for i in chosen] for name, value in per_layer.items()}
+    for name in sizes:
+        if re.fullmatch(r"(num_)?(hidden_|decoder_)?(n_)?layers?", name):
+            sizes[name] = len(chosen)
+    known = {*parameters, *kind.attribute_map}
+    # What is not limited is left to the class: a default may follow from what is.
+    sizes = {name: value for name, value in sizes.items() if value != values.get(name)}
+    return kind(**sizes | {name: value for name, value in (_COMMON | changes).items() if name in known})
+
+
+def _of_each_sort(per_layer: Mapping[str, Sequence[Any]]) -> list[int]:
+    """The first layer of each sort; two layers where there is one sort."""
+    telling = [value for value in per_layer.values() if len(set(map(str, value))) <= _LAYER_SORTS]
+    sorts: dict[str, int] = {}
+    for i, sort in enumerate(zip(*telling, strict=True)):
+        sorts.setdefault(str(sort), i)
+    return sorted(sorts.values()) if len(sorts) > 1 else [0, 1]
 
 
 def _limited(name: str, value: Any) -> Any:
     if not isinstance(value, int) or isinstance(value, bool):
         return value
-    limit = next((limit for pattern, limit in _LIMITS if re.fullmatch(pattern, name)), value)
-    return min(value, limit)
+    return min(value, next((limit for pattern, limit in _LIMITS if re.fullmatch(pattern, name)), value))
+
+
+def _build(model_class: Any, config: PreTrainedConfig, attention: str) -> Any:
+    torch.manual_seed(0)
+    return model_class._from_config(config, attn_implementation=attention).eval()
+
+
+def _line(error: BaseException) -> str:
+    """An error as one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
