@@ -44,7 +44,7 @@ _LIMITS: Final[Sequence[tuple[str, int]]] = (
     (r"num_mel_bins", 8),
 )
 # Of every model: weights large enough for peaked attention.
-_COMMON: Final[Mapping[str, Any]] = {
+_COMMON: Final[dict[str, Any]] = {
     "use_cache": True,
     "is_decoder": True,
     "initializer_range": 0.1,
@@ -52,7 +52,7 @@ _COMMON: Final[Mapping[str, Any]] = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-_HYBRID: Final[Mapping[str, Any]] = {
+_HYBRID: Final[dict[str, Any]] = {
     "attn_layer_period": 2,
     "attn_layer_offset": 1,
     "expert_layer_period": 2,
@@ -75,11 +75,11 @@ _VARIANTS: Final[Sequence[Mapping[str, Any]]] = (
     {"layer_types": ["full_attention"] * 2},
     {"attention_types": [[["global", "local"], 1]]},
 )
-_DECODERS: Final = (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,)
-_PAIRS: Final = (
-    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-)
+_DECODERS: Final = {transformers.AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+_PAIRS: Final = {
+    transformers.AutoModelForSeq2SeqLM: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    transformers.AutoModelForSpeechSeq2Seq: modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+}
 _PAIRED: Final = ":seq2seq"
 _LAYER_SORTS: Final = 6  # a list of more different values than this does not say what sort of layer a layer is
 
@@ -109,35 +109,37 @@ class Architecture:
         Unavailable: the library has no such model, or not with this attention.
     """
 
+    model: nn.Module
+
     def __init__(self, name: str, attention: str) -> None:
         self.paired = name.endswith(_PAIRED)
         kind = name.removesuffix(_PAIRED)
-        found = next(mapping[kind] for mapping in (_PAIRS if self.paired else _DECODERS) if kind in mapping)
-        model_class = getattr(transformers, found if isinstance(found, str) else found[0])
+        classes = (_PAIRS if self.paired else _DECODERS).items()
+        model_class = next(auto for auto, mapping in classes if kind in mapping)
         problems: list[str] = []
         for changes in _VARIANTS:
             try:
                 config = tiny_config(transformers.CONFIG_MAPPING[kind], **changes)
-                if self.paired and not config.is_encoder_decoder:
-                    raise Unavailable("it is no encoder-decoder")
                 self.config = config.get_text_config(decoder=True)
                 self.caches = self._try(model_class, config)
-            except Unavailable:
-                raise
             except Exception as error:  # noqa: BLE001 - whatever the library raises is its answer
-                problems.append(_line(error))
+                problems.append(one_line(error))
                 continue
             break
         else:
             raise Unavailable(problems[0])
+        if self.paired and not config.is_encoder_decoder:
+            raise Unavailable("it is no encoder-decoder")
         try:
             self.model = _build(model_class, config, attention)
         except (ValueError, ImportError) as error:
-            raise Unavailable(_line(error)) from None
+            raise Unavailable(one_line(error)) from None
 
     def _try(self, model_class: Any, config: PreTrainedConfig) -> int:
         """Run the model, spelled out, and count the layers that its cache got."""
-        self.model: nn.Module = _build(model_class, config, "eager")
+        self.model = _build(model_class, config, "eager")
+        if self.paired and not config.is_encoder_decoder:
+            return 0
         cache = self.cache("dynamic")
         with torch.no_grad():
             for tokens in (3, 1):
@@ -171,8 +173,8 @@ class Architecture:
 
 def names() -> list[str]:
     """Model types that the library maps to a causal decoder, as "llama", or to an encoder-decoder, as "t5:seq2seq"."""
-    decoders = [name for mapping in _DECODERS for name in mapping]
-    pairs = dict.fromkeys(name for mapping in _PAIRS for name in mapping)
+    decoders = [name for mapping in _DECODERS.values() for name in mapping]
+    pairs = dict.fromkeys(name for mapping in _PAIRS.values() for name in mapping)
     return [*decoders, *(name + _PAIRED for name in pairs)]
 
 
@@ -230,9 +232,9 @@ def _limited(name: str, value: Any) -> Any:
 
 def _build(model_class: Any, config: PreTrainedConfig, attention: str) -> Any:
     torch.manual_seed(0)
-    return model_class._from_config(config, attn_implementation=attention).eval()
+    return model_class.from_config(config, attn_implementation=attention).eval()
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]

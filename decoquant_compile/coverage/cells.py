@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from decoquant_compile import _compat
 from decoquant_compile.backend import contained, decoquant_backend, find
-from decoquant_compile.coverage.architectures import Architecture, Unavailable, prompts
+from decoquant_compile.coverage.architectures import Architecture, Unavailable, one_line, prompts
 from decoquant_compile.coverage.idioms import IDIOMS, Handwritten
 from decoquant_compile.options import Options
 from decoquant_compile.report import GraphReport, Untouched
@@ -34,8 +34,13 @@ _ENTRIES: Final = 64
 class Subject(Protocol):
     """A model with a way to call it."""
 
-    model: nn.Module
-    caches: int
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+
+    @property
+    def caches(self) -> int:
+        """How many of its layers have a cache."""
 
     def cache(self, kind: str) -> Any:
         """A fresh cache."""
@@ -120,6 +125,7 @@ class Matcher:
         self.ran: list[GraphReport] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Match a graph; what runs it as it came."""
         report = GraphReport(_compat.graph_name())
         with contained(report):
             find(gm, example_inputs, Options(), report)
@@ -175,7 +181,7 @@ def _measure(subject: Subject, compiled: Callable[..., Any], matcher: Matcher, c
         if cell.attention != "flex":
             list(_logits(subject, subject.model.forward, cell))
     except Exception as error:  # noqa: BLE001 - whatever the library raises is its answer
-        cell.refused = _line(error)
+        cell.refused = one_line(error)
         return
     try:
         seen: set[int] = set()
@@ -188,9 +194,9 @@ def _measure(subject: Subject, compiled: Callable[..., Any], matcher: Matcher, c
         try:
             list(_logits(subject, torch.compile(subject.model.forward, backend="eager"), cell))
         except Exception as plain:  # noqa: BLE001
-            cell.refused = f"torch.compile: {_line(plain)}"
+            cell.refused = f"torch.compile: {one_line(plain)}"
         else:
-            cell.attentions.append(Attention("", "", "ERROR", _line(error)))
+            cell.attentions.append(Attention("", "", "ERROR", one_line(error)))
 
 
 def _attentions(ran: Sequence[GraphReport], seen: set[int], tokens: int, held: int) -> Iterator[Attention]:
@@ -229,7 +235,11 @@ def _logits(subject: Subject, forward: Callable[..., Any], cell: Cell) -> Iterat
 def check(subject: Subject, cell: Cell, bits: int) -> Check:
     """Run a cell on packed caches of `bits`, compiled by Inductor, and compare its logits with plain PyTorch's."""
     torch.compiler.reset()
-    options = {"bits": bits, "sinks": 1, "window": 2}  # so small that most tokens are read from their codes
+    options: dict[str, Any] = {
+        "bits": bits,
+        "sinks": 1,
+        "window": 2,
+    }  # so small that most tokens are read from their codes
     compiled = torch.compile(subject.model.forward, backend=decoquant_backend, options=options)
     with torch.no_grad(), _compat.quick_compile(), _compat.dynamo_limits(_ENTRIES), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -243,7 +253,3 @@ def check(subject: Subject, cell: Cell, bits: int) -> Check:
 
 def _same_token(got: Tensor, expected: Tensor, tie: float) -> bool:
     return bool(expected.max() - expected[got.argmax()] <= tie)
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]

@@ -48,7 +48,9 @@ def _out(_: click.Context, __: click.Parameter, paths: tuple[pathlib.Path, ...])
     metavar="NAME,...",
     help="Architectures as transformers names them (llama, t5:seq2seq) and hand-written idioms (GptFast).",
 )
-@click.option("--attention", type=_several(ATTENTIONS), default=",".join(ATTENTIONS), show_default=True, metavar="NAME,...")
+@click.option(
+    "--attention", type=_several(ATTENTIONS), default=",".join(ATTENTIONS), show_default=True, metavar="NAME,..."
+)
 @click.option("--cache", type=_several(CACHES), default=",".join(CACHES), show_default=True, metavar="NAME,...")
 @click.option("--prefill", type=_several(PREFILLS), default=",".join(PREFILLS), show_default=True, metavar="NAME,...")
 @click.option(
@@ -80,11 +82,16 @@ def main(
     transformers.logging.set_verbosity_error()
     logging.getLogger("decoquant_compile").setLevel(logging.CRITICAL)  # reasons are in the table
     if timed:
-        console.print(timing.measure(), highlight=False)
+        console.print(str(timing.measure()), highlight=False)
         return
     cells: list[Cell] = []
     jobs = [(name, kind) for name in only for kind in (attention[:1] if name in IDIOMS else attention)]
-    bars = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
+    bars = (
+        *Progress.get_default_columns()[:-1],
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
     with Progress(*bars, console=console, transient=True) as progress:
         task = progress.add_task("coverage", total=len(jobs), now="")
         try:

@@ -1,11 +1,11 @@
 """Hand-written models: the styles of caches and attention of well-known code, each a decoder of two layers.
 
-Each is an `Idiom`: an attention that keeps its cache in buffers (or gets and returns it), inside the same small decoder.
+Each is an `Idiom`: an attention with its cache, in buffers or handed in and returned, inside the same small decoder.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,40 +18,53 @@ HEADS: Final = 4
 KV_HEADS: Final = 2
 HEAD_DIM: Final = WIDTH // HEADS
 LAYERS: Final = 2
-Cache = Any
-"""What a layer gets and returns where the cache is no buffer: tensors, or None before the first call."""
+_SIZES: Final = [n * HEAD_DIM for n in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+class Call(NamedTuple):
+    """What a layer is called with.
+
+    Attributes:
+        mask: ``[1, 1, tokens, slots]``, True attends.
+        positions: ``[tokens]``, of the call's tokens.
+        start: the first of them.
+        cache: what the layer returned last, if its cache is no buffer; None before the first call.
+    """
+
+    mask: Tensor
+    positions: Tensor
+    start: int
+    cache: Any
+
+
+Attended: TypeAlias = tuple[Tensor, Any]
+"""An attention ``[batch, tokens, heads, head_dim]``, and the cache where it is no buffer."""
 
 
 class Idiom(nn.Module):
-    """One attention; subclasses write the cache and attend.
+    """One attention; subclasses write the cache and attend."""
 
-    Args of `attend`: query, keys and values ``[batch, tokens, heads, head_dim]`` with rotary positions, mask
-    ``[1, 1, tokens, slots]`` (True attends), positions ``[tokens]``, the first position, and the layer's cache.
-    """
-
-    fused = False
-    heads, kv_heads = HEADS, KV_HEADS
+    k_cache: Tensor
+    v_cache: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv = nn.Linear(WIDTH, (self.heads + 2 * self.kv_heads) * HEAD_DIM, bias=False)
-        self.out = nn.Linear(self.heads * HEAD_DIM, WIDTH, bias=False)
+        self.qkv = nn.Linear(WIDTH, sum(_SIZES), bias=False)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
 
     def buffers_of(self, *shape: int) -> None:
         """Make the two cache buffers."""
         self.register_buffer("k_cache", torch.zeros(shape))
         self.register_buffer("v_cache", torch.zeros(shape))
 
-    def forward(self, x: Tensor, mask: Tensor, positions: Tensor, start: int, cache: Cache) -> tuple[Tensor, Cache]:
-        sizes = [n * HEAD_DIM for n in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = (t.unflatten(-1, (-1, HEAD_DIM)) for t in self.qkv(x).split(sizes, -1))
-        y, cache = self.attend(rotary(q, positions), rotary(k, positions), v, mask, positions, start, cache)
+    def forward(self, x: Tensor, call: Call) -> Attended:
+        """What the layer adds to `x` ``[batch, tokens, width]``, and its cache."""
+        q, k, v = (t.unflatten(-1, (-1, HEAD_DIM)) for t in self.qkv(x).split(_SIZES, -1))
+        y, cache = self.attend(rotary(q, call.positions), rotary(k, call.positions), v, call)
         return self.out(y.flatten(2)), cache
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, positions: Tensor, start: int, cache: Cache
-    ) -> tuple[Tensor, Cache]:
-        """(attention ``[batch, tokens, heads, head_dim]``, the layer's cache after the call)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """Write the new keys and values, and attend to all; tokens come as ``[batch, tokens, heads, head_dim]``."""
         raise NotImplementedError
 
 
@@ -79,58 +92,64 @@ class GptFast(Idiom):
         super().__init__()
         self.buffers_of(1, KV_HEADS, SLOTS, HEAD_DIM)
 
-    def write(self, k: Tensor, v: Tensor, positions: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def write(self, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Write [B, H, T, D]; what to attend to."""
-        self.k_cache[:, :, positions] = k
-        self.v_cache[:, :, positions] = v
+        self.k_cache[:, :, call.positions] = k
+        self.v_cache[:, :, call.positions] = v
         return self.k_cache, self.v_cache
 
-    def attend(self, q, k, v, mask, positions, start, cache):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
         q, k, v = _swap(q, k, v)
-        k, v = self.write(k, v, positions, start)
-        y = F.scaled_dot_product_attention(q, _repeat(k), _repeat(v), attn_mask=mask)
-        return y.transpose(1, 2), cache
+        k, v = self.write(k, v, call)
+        y = F.scaled_dot_product_attention(q, _repeat(k), _repeat(v), attn_mask=call.mask)
+        return y.transpose(1, 2), None
 
 
 class LitGpt(GptFast):
     """index_copy_ along the slots."""
 
-    def write(self, k, v, positions, start):
-        return self.k_cache.index_copy_(2, positions, k), self.v_cache.index_copy_(2, positions, v)
+    def write(self, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        return self.k_cache.index_copy_(2, call.positions, k), self.v_cache.index_copy_(2, call.positions, v)
 
 
 class ExecuTorch(GptFast):
     """narrow(...).copy_ at an integer."""
 
-    def write(self, k, v, positions, start):
-        self.k_cache.narrow(2, start, k.shape[2]).copy_(k)
-        self.v_cache.narrow(2, start, k.shape[2]).copy_(v)
+    def write(self, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        self.k_cache.narrow(2, call.start, k.shape[2]).copy_(k)
+        self.v_cache.narrow(2, call.start, k.shape[2]).copy_(v)
         return self.k_cache, self.v_cache
 
 
 class Scatter(GptFast):
     """scatter_ with an expanded index."""
 
-    def write(self, k, v, positions, start):
-        index = positions.view(1, 1, -1, 1).expand_as(k)
+    def write(self, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        index = call.positions.view(1, 1, -1, 1).expand_as(k)
         return self.k_cache.scatter_(2, index, k), self.v_cache.scatter_(2, index, v)
 
 
 class Ring(GptFast):
     """A ring buffer: the places are the positions modulo its length."""
 
-    def write(self, k, v, positions, start):
-        at = positions % SLOTS
+    def write(self, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        at = call.positions % SLOTS
         return self.k_cache.index_copy_(2, at, k), self.v_cache.index_copy_(2, at, v)
 
 
 class OneHot(GptFast):
     """A one-hot `where` over the whole cache, as on TPUs."""
 
-    def write(self, k, v, positions, start):
+    def write(self, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """See the class."""
         if k.shape[2] > 1:
-            return super().write(k, v, positions, start)
-        here = (torch.arange(SLOTS) == positions).view(1, 1, SLOTS, 1)
+            return super().write(k, v, call)
+        here = (torch.arange(SLOTS) == call.positions).view(1, 1, SLOTS, 1)
         self.k_cache.copy_(torch.where(here, k, self.k_cache))
         self.v_cache.copy_(torch.where(here, v, self.v_cache))
         return self.k_cache, self.v_cache
@@ -144,14 +163,15 @@ class TorchTune(Idiom):
         self.buffers_of(1, KV_HEADS, SLOTS, HEAD_DIM)
         self.register_buffer("places", torch.arange(SLOTS))
 
-    def attend(self, q, k, v, mask, positions, start, cache):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
         q, k, v = _swap(q, k, v)
         at = self.places[: k.shape[2]]
         self.k_cache[:, :, at], self.v_cache[:, :, at] = k, v
         self.places.add_(k.shape[2])
         groups = (1, KV_HEADS, HEADS // KV_HEADS, SLOTS, HEAD_DIM)
         k, v = (t.unsqueeze(2).expand(groups).flatten(1, 2) for t in (self.k_cache, self.v_cache))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2), cache
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask).transpose(1, 2), None
 
 
 class MetaLlama(Idiom):
@@ -161,16 +181,17 @@ class MetaLlama(Idiom):
         super().__init__()
         self.buffers_of(1, SLOTS, KV_HEADS, HEAD_DIM)
 
-    def attend(self, q, k, v, mask, positions, start, cache):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
         batch, tokens = q.shape[:2]
-        self.k_cache[:batch, start : start + tokens] = k
-        self.v_cache[:batch, start : start + tokens] = v
-        k, v = (_repeat(t[:batch, : start + tokens], 2) for t in (self.k_cache, self.v_cache))
+        self.k_cache[:batch, call.start : call.start + tokens] = k
+        self.v_cache[:batch, call.start : call.start + tokens] = v
+        k, v = (_repeat(t[:batch, : call.start + tokens], 2) for t in (self.k_cache, self.v_cache))
         q, k, v = _swap(q, k, v)
         scores = q @ k.transpose(2, 3) / math.sqrt(HEAD_DIM)
         if tokens > 1:
-            scores = scores + torch.full((tokens, start + tokens), -math.inf).triu(start + 1)
-        return (F.softmax(scores.float(), -1).type_as(q) @ v).transpose(1, 2), cache
+            scores = scores + torch.full((tokens, call.start + tokens), -math.inf).triu(call.start + 1)
+        return (F.softmax(scores.float(), -1).type_as(q) @ v).transpose(1, 2), None
 
 
 class Grouped(Idiom):
@@ -180,12 +201,13 @@ class Grouped(Idiom):
         super().__init__()
         self.buffers_of(1, SLOTS, KV_HEADS, HEAD_DIM)
 
-    def attend(self, q, k, v, mask, positions, start, cache):
-        self.k_cache[:, positions], self.v_cache[:, positions] = k, v
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
+        self.k_cache[:, call.positions], self.v_cache[:, call.positions] = k, v
         q = q.unflatten(2, (KV_HEADS, -1))
         scores = torch.einsum("btkgd,bskd->bkgts", q, self.k_cache) * HEAD_DIM**-0.5
-        weights = torch.where(mask[:, :, None], scores, torch.finfo(scores.dtype).min).softmax(-1)
-        return torch.einsum("bkgts,bskd->btkgd", weights, self.v_cache).flatten(2, 3), cache
+        weights = torch.where(call.mask[:, :, None], scores, torch.finfo(scores.dtype).min).softmax(-1)
+        return torch.einsum("bkgts,bskd->btkgd", weights, self.v_cache).flatten(2, 3), None
 
 
 class SlotsFirst(Idiom):
@@ -195,11 +217,12 @@ class SlotsFirst(Idiom):
         super().__init__()
         self.buffers_of(SLOTS, 1, KV_HEADS, HEAD_DIM)
 
-    def attend(self, q, k, v, mask, positions, start, cache):
-        end = start + q.shape[1]
-        self.k_cache[start:end], self.v_cache[start:end] = k.transpose(0, 1), v.transpose(0, 1)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
+        end = call.start + q.shape[1]
+        self.k_cache[call.start : end], self.v_cache[call.start : end] = k.transpose(0, 1), v.transpose(0, 1)
         k, v = (_repeat(t.permute(1, 2, 0, 3)) for t in (self.k_cache, self.v_cache))
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2), cache
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=call.mask).transpose(1, 2), None
 
 
 class KeysTransposed(Idiom):
@@ -210,27 +233,31 @@ class KeysTransposed(Idiom):
         self.register_buffer("k_cache", torch.zeros(1, KV_HEADS, HEAD_DIM, SLOTS))
         self.register_buffer("v_cache", torch.zeros(1, KV_HEADS, SLOTS, HEAD_DIM))
 
-    def attend(self, q, k, v, mask, positions, start, cache):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
         q, k, v = _swap(q, k, v)
-        self.k_cache.index_copy_(3, positions, k.transpose(2, 3))
-        self.v_cache.index_copy_(2, positions, v)
+        self.k_cache.index_copy_(3, call.positions, k.transpose(2, 3))
+        self.v_cache.index_copy_(2, call.positions, v)
         scores = (q @ _repeat(self.k_cache)) * HEAD_DIM**-0.5
-        weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
-        return (weights @ _repeat(self.v_cache)).transpose(1, 2), cache
+        weights = scores.masked_fill(~call.mask, -math.inf).softmax(-1)
+        return (weights @ _repeat(self.v_cache)).transpose(1, 2), None
 
 
 class Stacked(Idiom):
     """Keys and values in one buffer [2, B, H, S, D]."""
 
+    kv_cache: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("kv_cache", torch.zeros(2, 1, KV_HEADS, SLOTS, HEAD_DIM))
 
-    def attend(self, q, k, v, mask, positions, start, cache):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
         q, k, v = _swap(q, k, v)
-        self.kv_cache[0][:, :, positions], self.kv_cache[1][:, :, positions] = k, v
+        self.kv_cache[0][:, :, call.positions], self.kv_cache[1][:, :, call.positions] = k, v
         k, v = self.kv_cache.unbind(0)
-        return F.scaled_dot_product_attention(q, _repeat(k), _repeat(v), attn_mask=mask).transpose(1, 2), cache
+        return F.scaled_dot_product_attention(q, _repeat(k), _repeat(v), attn_mask=call.mask).transpose(1, 2), None
 
 
 class Rolling(Idiom):
@@ -240,14 +267,15 @@ class Rolling(Idiom):
         super().__init__()
         self.buffers_of(1, KV_HEADS, SLOTS, HEAD_DIM)
 
-    def attend(self, q, k, v, mask, positions, start, cache):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
         q, k, v = _swap(q, k, v)
         for old, new in ((self.k_cache, k), (self.v_cache, v)):
             old.copy_(torch.cat([old[:, :, new.shape[2] :], new], 2))
-        mask = torch.arange(SLOTS) + start + k.shape[2] - SLOTS <= positions[:, None]
-        mask = mask & (torch.arange(SLOTS) >= SLOTS - start - k.shape[2])
+        mask = torch.arange(SLOTS) + call.start + k.shape[2] - SLOTS <= call.positions[:, None]
+        mask = mask & (torch.arange(SLOTS) >= SLOTS - call.start - k.shape[2])
         y = F.scaled_dot_product_attention(q, _repeat(self.k_cache), _repeat(self.v_cache), attn_mask=mask)
-        return y.transpose(1, 2), cache
+        return y.transpose(1, 2), None
 
 
 class ReadFirst(Idiom):
@@ -257,64 +285,73 @@ class ReadFirst(Idiom):
         super().__init__()
         self.buffers_of(1, KV_HEADS, SLOTS, HEAD_DIM)
 
-    def attend(self, q, k, v, mask, positions, start, cache):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
         q, k, v = _swap(q, k, v)
-        end = start + k.shape[2]
-        keys = torch.cat([self.k_cache[:, :, :start], k], 2)
-        values = torch.cat([self.v_cache[:, :, :start], v], 2)
-        y = F.scaled_dot_product_attention(q, _repeat(keys), _repeat(values), attn_mask=mask[..., :end])
-        self.k_cache[:, :, start:end], self.v_cache[:, :, start:end] = k, v
-        return y.transpose(1, 2), cache
+        end = call.start + k.shape[2]
+        keys = torch.cat([self.k_cache[:, :, : call.start], k], 2)
+        values = torch.cat([self.v_cache[:, :, : call.start], v], 2)
+        y = F.scaled_dot_product_attention(q, _repeat(keys), _repeat(values), attn_mask=call.mask[..., :end])
+        self.k_cache[:, :, call.start : end], self.v_cache[:, :, call.start : end] = k, v
+        return y.transpose(1, 2), None
 
 
 class NanoGpt(Idiom):
     """Old and new tokens are concatenated and returned as tuples."""
 
-    def attend(self, q, k, v, mask, positions, start, cache):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
         q, k, v = _swap(q, k, v)
-        if cache is not None:
-            k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
-        y = F.scaled_dot_product_attention(q, _repeat(k), _repeat(v), attn_mask=mask[..., : start + q.shape[2]])
+        if call.cache is not None:
+            k, v = torch.cat([call.cache[0], k], 2), torch.cat([call.cache[1], v], 2)
+        y = F.scaled_dot_product_attention(
+            q, _repeat(k), _repeat(v), attn_mask=call.mask[..., : call.start + q.shape[2]]
+        )
         return y.transpose(1, 2), (k, v)
 
 
 class FusedGrowing(Idiom):
     """Keys and values side by side in one tensor that grows, as gpt_bigcode's."""
 
-    def attend(self, q, k, v, mask, positions, start, cache):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
         q, k, v = _swap(q, k, v)
         both = torch.cat([k, v], -1)
-        if cache is not None:
-            both = torch.cat([cache, both], 2)
+        if call.cache is not None:
+            both = torch.cat([call.cache, both], 2)
         k, v = both.split(HEAD_DIM, -1)
-        y = F.scaled_dot_product_attention(q, _repeat(k), _repeat(v), attn_mask=mask[..., : start + q.shape[2]])
+        y = F.scaled_dot_product_attention(
+            q, _repeat(k), _repeat(v), attn_mask=call.mask[..., : call.start + q.shape[2]]
+        )
         return y.transpose(1, 2), both
 
 
 class Functional(Idiom):
     """The updated cache is a new tensor, returned, as for export."""
 
-    def attend(self, q, k, v, mask, positions, start, cache):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
         q, k, v = _swap(q, k, v)
+        cache = call.cache
         if cache is None:
             cache = (torch.zeros(1, KV_HEADS, SLOTS, HEAD_DIM), torch.zeros(1, KV_HEADS, SLOTS, HEAD_DIM))
-        k, v = cache[0].index_copy(2, positions, k), cache[1].index_copy(2, positions, v)
-        y = F.scaled_dot_product_attention(q, _repeat(k), _repeat(v), attn_mask=mask)
+        k, v = cache[0].index_copy(2, call.positions, k), cache[1].index_copy(2, call.positions, v)
+        y = F.scaled_dot_product_attention(q, _repeat(k), _repeat(v), attn_mask=call.mask)
         return y.transpose(1, 2), (k, v)
 
 
 class XTransformers(NanoGpt):
     """Keys are cached without positions and rotated after every read; einsum attention."""
 
-    def forward(self, x, mask, positions, start, cache):
-        sizes = [n * HEAD_DIM for n in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = (t.unflatten(-1, (-1, HEAD_DIM)) for t in self.qkv(x).split(sizes, -1))
-        if cache is not None:
-            k, v = torch.cat([cache[0], k], 1), torch.cat([cache[1], v], 1)
-        end = start + x.shape[1]
-        q, rotated = rotary(q, positions), rotary(k, torch.arange(end))
+    def forward(self, x: Tensor, call: Call) -> Attended:
+        """See the class."""
+        q, k, v = (t.unflatten(-1, (-1, HEAD_DIM)) for t in self.qkv(x).split(_SIZES, -1))
+        if call.cache is not None:
+            k, v = torch.cat([call.cache[0], k], 1), torch.cat([call.cache[1], v], 1)
+        end = call.start + x.shape[1]
+        q, rotated = rotary(q, call.positions), rotary(k, torch.arange(end))
         scores = torch.einsum("bihd,bjhd->bhij", q, _repeat(rotated, 2)) * HEAD_DIM**-0.5
-        weights = scores.masked_fill(~mask[..., :end], -torch.finfo(scores.dtype).max).softmax(-1)
+        weights = scores.masked_fill(~call.mask[..., :end], -torch.finfo(scores.dtype).max).softmax(-1)
         y = torch.einsum("bhij,bjhd->bihd", weights, _repeat(v, 2))
         return self.out(y.flatten(2)), (k, v)
 
@@ -322,7 +359,19 @@ class XTransformers(NanoGpt):
 IDIOMS: Final[dict[str, type[Idiom]]] = {
     kind.__name__: kind
     for kind in (
-        *(GptFast, LitGpt, ExecuTorch, Scatter, Ring, OneHot, TorchTune, MetaLlama, Grouped, SlotsFirst, KeysTransposed),
+        *(
+            GptFast,
+            LitGpt,
+            ExecuTorch,
+            Scatter,
+            Ring,
+            OneHot,
+            TorchTune,
+            MetaLlama,
+            Grouped,
+            SlotsFirst,
+            KeysTransposed,
+        ),
         *(Stacked, Rolling, ReadFirst, NanoGpt, FusedGrowing, Functional, XTransformers),
     )
 }
@@ -331,26 +380,30 @@ IDIOMS: Final[dict[str, type[Idiom]]] = {
 class Decoder(nn.Module):
     """Two layers of an idiom; `forward(ids, positions, start, caches)` gives logits and the caches that follow."""
 
+    mask: Tensor
+
     def __init__(self, kind: Callable[[], Idiom]) -> None:
         super().__init__()
+        self.kind = kind
         torch.manual_seed(0)
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(kind() for _ in range(LAYERS))
+        layers = [kind() for _ in range(LAYERS)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.register_buffer("mask", torch.ones(SLOTS, SLOTS, dtype=torch.bool).tril())
-        for layer in self.layers:
+        for layer in layers:
             nn.init.normal_(layer.qkv.weight, std=0.2)
             nn.init.normal_(layer.out.weight, std=0.2)
 
-    def forward(self, ids: Tensor, positions: Tensor, start: int, caches: list[Cache]) -> tuple[Tensor, list[Cache]]:
+    def forward(self, ids: Tensor, positions: Tensor, start: int, caches: list[Any]) -> tuple[Tensor, list[Any]]:
         """Logits ``[batch, tokens, vocabulary]`` and the caches after the call."""
         x, after = self.embed(ids), []
         mask = self.mask[None, None, positions]
         for layer, cache in zip(self.layers, caches, strict=True):
-            y, cache = layer(self.norm(x), mask, positions, start, cache)
+            y, own = layer(self.norm(x), Call(mask, positions, start, cache))
             x = x + y
-            after.append(cache)
+            after.append(own)
         return self.head(self.norm(x)), after
 
 
@@ -369,7 +422,7 @@ class Handwritten:
 
     def cache(self, _: str) -> dict[str, Any]:
         """Fresh caches: buffers as they were made, nothing else."""
-        for name, buffer in Decoder(type(self.model.layers[0])).named_buffers():
+        for name, buffer in Decoder(self.model.kind).named_buffers():
             self.model.get_buffer(name).copy_(buffer)
         return {"start": 0, "caches": [None] * LAYERS}
 

@@ -23,7 +23,7 @@ def columns(cells: Sequence[Cell]) -> list[tuple[str, str, str]]:
 def text(cell: Cell) -> str:
     """What a cell says: rewritten of all, why not the others, and how far results are off."""
     if cell.refused:
-        return "–"
+        return "-"
     parts = [f"{cell.rewritten}/{len(cell.attentions)}"]
     parts += [reason if count == 1 else f"{count} {reason}" for reason, count in cell.reasons.items()]
     parts += [
@@ -94,8 +94,9 @@ def _grouped(cells: Iterable[Cell], key: Callable[[Cell], str]) -> dict[str, lis
 def _sentence(cells: Sequence[Cell]) -> str:
     s = summary(cells)
     line = (
-        f"{s['complete']} of {s['cells']} cells ({s['share']:.1%}) of {s['subjects']} architectures and idioms rewritten "
-        f"throughout, {s['rewritten']} of {s['attentions']} attentions; {s['refused']} cells are not the library's."
+        f"{s['complete']} of {s['cells']} cells ({s['share']:.1%}) of {s['subjects']} architectures and idioms are "
+        f"rewritten throughout, {s['rewritten']} of {s['attentions']} attentions. "
+        f"The library refuses {s['refused']} other cells."
     )
     if s["checked"]:
         line += f" {s['checked']} cells checked, {len(s['wrong'])} wrong."
