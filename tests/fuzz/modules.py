@@ -93,13 +93,14 @@ TWISTS = (
     # several writes
     "written twice", "written again elsewhere", "a slot cleared", "scaled in place", "cleared first", "counter",
     # reads
-    "read before", "offset", "strided", "flipped", "gathered", "rolled", "one rolled", "rounded", "times one", "plus one",
-    "crossed", "same twice", "tiled", "fewer heads", "channels reversed", "extra views", "heads reversed",
+    "read before", "offset", "strided", "flipped", "gathered", "rolled", "one rolled", "rounded", "times one",
+    "plus one", "crossed", "same twice", "tiled", "fewer heads", "channels reversed", "extra views", "heads reversed",
     # attention
     "wrong dim", "sigmoid", "masked after", "renormalised", "weights returned", "logits returned", "last dropped",
     "mask from keys", "temperature", "sink", "softmax twice", "causal", "positive bias", "tanh only",
     # escapes
-    "returns keys", "returns sum", "returns view", "second attention", "residual", "reads slot", "returns old", "shape only",
+    "returns keys", "returns sum", "returns view", "second attention", "residual", "reads slot", "returns old",
+    "shape only",
 )  # fmt: skip
 
 NEVER = {
@@ -134,7 +135,7 @@ class Module(torch.nn.Module):
     def canonical(self, x):
         return x.permute([self.order.index(d) for d in range(4)])
 
-    def forward(self, q, k, v, mask, positions, start, keys, values):
+    def forward(self, q, k, v, mask, positions, start, keys, values):  # noqa: PLR0915 - one line for each twist
         """Attention [batch, query heads, queries, channels], what else escapes, and the caches that follow."""
         case, twists = self.case, self.case.twists
         extra = []
@@ -267,7 +268,7 @@ class Module(torch.nn.Module):
             return whole, whole
         return cache, cache
 
-    def attend(self, q, keys, values, mask, end, extra):
+    def attend(self, q, keys, values, mask, end, extra):  # noqa: PLR0915
         """The attention over canonical keys and values."""
         case, twists = self.case, self.case.twists
         if case.read == "prefix" and case.write not in ("append", "grow"):
@@ -360,7 +361,7 @@ class Module(torch.nn.Module):
             keys, values = keys.transpose(1, 2).transpose(1, 2), values.flip(2)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, **how)
 
-    def eager(self, q, keys, values, mask, extra):
+    def eager(self, q, keys, values, mask, extra):  # noqa: PLR0915
         case, twists = self.case, self.case.twists
         s = case.channels**-0.5
         if case.scale in ("query", "both"):
@@ -502,7 +503,7 @@ def arguments(case):
     rand = lambda *shape: torch.randn(shape, generator=generator)
     start = 0
     for tokens in case.chunks:
-        at = start if case.write in ("grow",) else min(start, case.slots - tokens)
+        at = start if case.write == "grow" else min(start, case.slots - tokens)
         b, h, q = ((n if letter in case.mask_shape else 1) for n, letter in
                    ((case.batch, "b"), (case.heads * case.groups, "h"), (tokens, "q")))  # fmt: skip
         columns = sum(case.chunks) + case.slots

@@ -38,13 +38,13 @@ def test_near_misses_are_never_rewritten(twist):
 
 
 @seed(6)
-@settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_sample(case):
     assert_right(case)
 
 
-@pytest.mark.parametrize("number", range(15))
+@pytest.mark.parametrize("number", range(12))
 def test_uniform_sample(number):
     assert_right(seeded_case(number))
 
