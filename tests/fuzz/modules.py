@@ -205,7 +205,7 @@ class Module(torch.nn.Module):
             return out, extra, keys, values
         return out, extra, None, None
 
-    def put(self, cache, new, places, start):
+    def put(self, cache, new, places, start):  # noqa: PLR0915
         """(what the attention sees, what the cache is afterwards)."""
         case, dim, tokens = self.case, self.slot, new.shape[2]
         twists = case.twists
@@ -268,7 +268,7 @@ class Module(torch.nn.Module):
             return whole, whole
         return cache, cache
 
-    def attend(self, q, keys, values, mask, end, extra):  # noqa: PLR0915
+    def attend(self, q, keys, values, mask, end, extra):
         """The attention over canonical keys and values."""
         case, twists = self.case, self.case.twists
         if case.read == "prefix" and case.write not in ("append", "grow"):
