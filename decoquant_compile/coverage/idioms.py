@@ -158,6 +158,8 @@ class OneHot(GptFast):
 class TorchTune(Idiom):
     """The counter of positions is a buffer of the module; heads expanded by a view."""
 
+    places: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.buffers_of(1, KV_HEADS, SLOTS, HEAD_DIM)
