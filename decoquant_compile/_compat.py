@@ -25,6 +25,7 @@ from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor import compile_fx as inductor
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
+from torch._inductor.utils import fresh_cache
 from torch._logging import _internal as torch_logging
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensor, FakeTensorMode
@@ -497,3 +498,9 @@ def quick_compile() -> contextlib.AbstractContextManager[None]:
     """While open, Inductor compiles with `ATEN_KERNELS`."""
     quick: contextlib.AbstractContextManager[None] = inductor_config.patch(ATEN_KERNELS)
     return quick
+
+
+def cold_caches() -> contextlib.AbstractContextManager[None]:
+    """While open, Inductor compiles everything anew, as for a model it has never seen."""
+    cold: contextlib.AbstractContextManager[None] = fresh_cache()
+    return cold

@@ -1,0 +1,255 @@
+"""One way to use one model, and what becomes of its attentions."""
+
+import itertools
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from decoquant_compile import _compat
+from decoquant_compile.backend import contained, decoquant_backend, find
+from decoquant_compile.coverage.architectures import Architecture, Unavailable, one_line, prompts
+from decoquant_compile.coverage.idioms import IDIOMS, Handwritten
+from decoquant_compile.options import Options
+from decoquant_compile.report import GraphReport, Untouched
+
+PREFILLS: Final = {"one": (6, 1, 1, 1, 1), "chunked": (10, 3, 1, 1)}
+"""Tokens of the calls. A chunk is longer than the sliding window, and single steps cross its edge."""
+
+ATTENTIONS: Final = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention"}
+CACHES: Final = ("static", "dynamic")
+OWN: Final = "own"
+"""Attention and cache of a hand-written idiom."""
+
+BOUNDS: Final = {16: 1e-3, 8: 0.1}
+"""Largest difference of logits from plain PyTorch, in standard deviations of these, at each number of bits."""
+
+_ENTRIES: Final = 64
+
+
+class Subject(Protocol):
+    """A model with a way to call it."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+
+    @property
+    def caches(self) -> int:
+        """How many of its layers have a cache."""
+
+    def cache(self, kind: str) -> Any:
+        """A fresh cache."""
+
+    def step(self, forward: Callable[..., Any], cache: Any, ids: Tensor) -> Tensor:
+        """Logits of `ids` after what the cache holds."""
+
+    def cached(self, cache: Any) -> int:
+        """How many layers of the cache hold keys."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of one graph: how it is spelled, how its cache is written, and what became of it."""
+
+    form: str
+    write: str
+    outcome: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The compiled model beside plain PyTorch.
+
+    Attributes:
+        error: largest difference of logits, in standard deviations.
+        tokens: the share of calls' last tokens of which the likeliest next token is the same, or tied within the error.
+    """
+
+    error: float
+    tokens: float
+
+
+@dataclass
+class Cell:
+    """One model, used in one way.
+
+    Attributes:
+        subject: the architecture or idiom.
+        attention: the implementation, of `ATTENTIONS`.
+        cache: of `CACHES`.
+        prefill: of `PREFILLS`.
+        refused: why the library itself, or plain torch.compile, does not run this; the cell then counts nowhere.
+        attentions: of all graphs that ran.
+        checks: by bits.
+    """
+
+    subject: str
+    attention: str
+    cache: str
+    prefill: str
+    refused: str = ""
+    attentions: list[Attention] = field(default_factory=list)
+    checks: dict[int, Check] = field(default_factory=dict)
+
+    @property
+    def rewritten(self) -> int:
+        """How many attentions read a packed cache."""
+        return sum(a.outcome == "rewritten" for a in self.attentions)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all do."""
+        return bool(self.attentions) and self.rewritten == len(self.attentions)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why others do not."""
+        return Counter(a.outcome for a in self.attentions if a.outcome != "rewritten")
+
+    @property
+    def wrong(self) -> list[int]:
+        """The numbers of bits at which the results are not those of plain PyTorch."""
+        return [bits for bits, c in self.checks.items() if not (c.error <= BOUNDS[bits] and c.tokens == 1)]
+
+
+class Matcher:
+    """A backend that matches each graph and runs it as Dynamo traced it; `ran` are the graphs that a call ran."""
+
+    def __init__(self) -> None:
+        self.ran: list[GraphReport] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Match a graph; what runs it as it came."""
+        report = GraphReport(_compat.graph_name())
+        with contained(report):
+            find(gm, example_inputs, Options(), report)
+
+        def run(*inputs: Any) -> Any:
+            self.ran.append(report)
+            return gm.forward(*inputs)
+
+        return run
+
+
+def measure(
+    name: str, attention: str, caches: Sequence[str], prefills: Sequence[str], bits: Sequence[int] = ()
+) -> Iterator[Cell]:
+    """The cells of one model with one attention.
+
+    Args:
+        name: an architecture or idiom.
+        attention: of `ATTENTIONS`; of no account for an idiom.
+        caches: of `CACHES`; of no account for an idiom.
+        prefills: of `PREFILLS`.
+        bits: check results at these too, which compiles each graph.
+    """
+    if name in IDIOMS:
+        attention, caches = OWN, (OWN,)
+    cells = [Cell(name, attention, cache, prefill) for cache, prefill in itertools.product(caches, prefills)]
+    try:
+        subject: Subject = Handwritten(name) if name in IDIOMS else Architecture(name, ATTENTIONS[attention])
+        refused = "" if subject.caches else "it has no KV cache"
+    except Unavailable as error:
+        refused = str(error)
+    if refused:
+        for cell in cells:
+            cell.refused = refused
+        yield from cells
+        return
+    torch.compiler.reset()
+    matcher = Matcher()
+    compiled = torch.compile(subject.model.forward, backend=matcher)
+    with torch.no_grad(), _compat.dynamo_limits(_ENTRIES), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the library's
+        for cell in cells:
+            _measure(subject, compiled, matcher, cell)
+            yield cell
+    for cell in cells if bits else ():
+        if not cell.refused and cell.rewritten:
+            cell.checks = {b: check(subject, cell, b) for b in bits}
+
+
+def _measure(subject: Subject, compiled: Callable[..., Any], matcher: Matcher, cell: Cell) -> None:
+    try:
+        # Outside of torch.compile flex_attention compiles itself, for every shape: minutes.
+        if cell.attention != "flex":
+            list(_logits(subject, subject.model.forward, cell))
+    except Exception as error:  # noqa: BLE001 - whatever the library raises is its answer
+        cell.refused = one_line(error)
+        return
+    try:
+        seen: set[int] = set()
+        matcher.ran.clear()
+        for tokens, held in _calls(subject, compiled, cell):
+            ran, matcher.ran = matcher.ran, []
+            cell.attentions += _attentions(ran, seen, tokens, held)
+    except Exception as error:  # noqa: BLE001
+        torch.compiler.reset()
+        try:
+            list(_logits(subject, torch.compile(subject.model.forward, backend="eager"), cell))
+        except Exception as plain:  # noqa: BLE001
+            cell.refused = f"torch.compile: {one_line(plain)}"
+        else:
+            cell.attentions.append(Attention("", "", "ERROR", one_line(error)))
+
+
+def _attentions(ran: Sequence[GraphReport], seen: set[int], tokens: int, held: int) -> Iterator[Attention]:
+    """The attentions of a call, but for those of graphs that were seen before."""
+    hidden = False
+    for graph in ran:
+        unread = graph.untouched in (Untouched.UNSUPPORTED, Untouched.INTERNAL_ERROR, Untouched.GRADIENTS)
+        hidden |= unread
+        if id(graph) in seen:
+            continue
+        seen.add(id(graph))
+        yield from (Attention(f.form, f.write, f.outcome, f.detail) for f in graph.findings)
+        if unread:
+            assert graph.untouched is not None
+            yield Attention("", "", graph.untouched.name, graph.detail)
+    found = sum(len(graph.findings) for graph in ran)
+    if found < held and not hidden:
+        yield Attention("", "", "UNSEEN", f"{found} attentions for {held} caches in a call of {tokens} tokens")
+
+
+def _calls(subject: Subject, forward: Callable[..., Any], cell: Cell) -> Iterator[tuple[int, int]]:
+    """(tokens of a call, layers that hold keys after it)."""
+    cache, sizes = subject.cache(cell.cache), PREFILLS[cell.prefill]
+    for ids in prompts(1, sum(sizes)).split(sizes, 1):
+        subject.step(forward, cache, ids)
+        yield ids.shape[1], subject.cached(cache)
+
+
+def _logits(subject: Subject, forward: Callable[..., Any], cell: Cell) -> Iterator[Tensor]:
+    """Logits of each call."""
+    cache, sizes = subject.cache(cell.cache), PREFILLS[cell.prefill]
+    for ids in prompts(1, sum(sizes)).split(sizes, 1):
+        yield subject.step(forward, cache, ids).float().clone()
+
+
+def check(subject: Subject, cell: Cell, bits: int) -> Check:
+    """Run a cell on packed caches of `bits`, compiled by Inductor, and compare its logits with plain PyTorch's."""
+    torch.compiler.reset()
+    options: dict[str, Any] = {
+        "bits": bits,
+        "sinks": 1,
+        "window": 2,
+    }  # so small that most tokens are read from their codes
+    compiled = torch.compile(subject.model.forward, backend=decoquant_backend, options=options)
+    with torch.no_grad(), _compat.quick_compile(), _compat.dynamo_limits(_ENTRIES), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = list(_logits(subject, subject.model.forward, cell))
+        got = list(_logits(subject, compiled, cell))
+    spread = float(torch.cat(expected, 1).std())
+    error = max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)) / spread
+    same = [_same_token(a[0, -1], b[0, -1], BOUNDS[bits] * spread) for a, b in zip(got, expected, strict=True)]
+    return Check(error, sum(same) / len(same))
+
+
+def _same_token(got: Tensor, expected: Tensor, tie: float) -> bool:
+    return bool(expected.max() - expected[got.argmax()] <= tie)

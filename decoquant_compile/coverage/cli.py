@@ -1,0 +1,108 @@
+"""The command line of the coverage table."""
+
+import logging
+import pathlib
+from collections.abc import Callable, Collection
+from typing import Final
+
+import click
+import transformers
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from decoquant_compile.coverage import architectures, report, timing
+from decoquant_compile.coverage.cells import ATTENTIONS, BOUNDS, CACHES, PREFILLS, Cell, measure
+from decoquant_compile.coverage.idioms import IDIOMS
+
+_WRITERS: Final = {".json": report.document, ".md": lambda cells, _: report.markdown(cells)}
+
+
+def _several(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """A type for names of `known`, separated by commas."""
+
+    def convert(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+        if unknown := [name for name in names if name not in known]:
+            raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(known)}")
+        return names
+
+    return convert
+
+
+def _out(_: click.Context, __: click.Parameter, paths: tuple[pathlib.Path, ...]) -> tuple[pathlib.Path, ...]:
+    """Checks before anything is measured that the results can be written."""
+    for path in paths:
+        if path.suffix not in _WRITERS:
+            raise click.BadParameter(f"{str(path)!r}: expected a name that ends in {' or '.join(_WRITERS)}")
+        if not path.absolute().parent.is_dir():
+            raise click.BadParameter(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
+    return paths
+
+
+@click.command(help="Say which attentions of which architectures are rewritten, and why the others are not.")
+@click.option(
+    "--only",
+    type=_several([*IDIOMS, *architectures.names()]),
+    default=",".join([*IDIOMS, *architectures.names()]),
+    show_default="all idioms and all architectures of transformers",
+    metavar="NAME,...",
+    help="Architectures as transformers names them (llama, t5:seq2seq) and hand-written idioms (GptFast).",
+)
+@click.option(
+    "--attention", type=_several(ATTENTIONS), default=",".join(ATTENTIONS), show_default=True, metavar="NAME,..."
+)
+@click.option("--cache", type=_several(CACHES), default=",".join(CACHES), show_default=True, metavar="NAME,...")
+@click.option("--prefill", type=_several(PREFILLS), default=",".join(PREFILLS), show_default=True, metavar="NAME,...")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Compile too, and compare the logits and the likeliest tokens with plain PyTorch's, at "
+    + " and ".join(f"{bits} bits (up to {bound:g} standard deviations)" for bits, bound in BOUNDS.items()),
+)
+@click.option("--time", "timed", is_flag=True, help="Only measure what share of a compile the matcher takes.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, writable=True, path_type=pathlib.Path),
+    callback=_out,
+    multiple=True,
+    metavar="FILE",
+    help="Write the results as .json or .md; may be given again.",
+)
+def main(
+    only: tuple[str, ...],
+    attention: tuple[str, ...],
+    cache: tuple[str, ...],
+    prefill: tuple[str, ...],
+    check: bool,
+    timed: bool,
+    out: tuple[pathlib.Path, ...],
+) -> None:
+    """Measure cell after cell, show the table, write the results."""
+    console = Console()
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("decoquant_compile").setLevel(logging.CRITICAL)  # reasons are in the table
+    if timed:
+        console.print(str(timing.measure()), highlight=False)
+        return
+    cells: list[Cell] = []
+    jobs = [(name, kind) for name in only for kind in (attention[:1] if name in IDIOMS else attention)]
+    bars = (
+        *Progress.get_default_columns()[:-1],
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*bars, console=console, transient=True) as progress:
+        task = progress.add_task("coverage", total=len(jobs), now="")
+        try:
+            for name, kind in jobs:
+                progress.update(task, now=f"{name} {kind}")
+                cells += measure(name, kind, cache, prefill, tuple(BOUNDS) if check else ())
+                progress.advance(task)
+        finally:  # also what an interrupted run has measured
+            settings = {"attention": attention, "cache": cache, "prefill": prefill, "check": check}
+            for path in out if cells else ():
+                path.write_text(_WRITERS[path.suffix](cells, settings), encoding="utf-8")
+    console.print(report.tables(cells))
+    for path in out:
+        console.print(f"written: {path}")

@@ -1,0 +1,87 @@
+"""The coverage table: every attention of every architecture is rewritten or has a reason."""
+
+import random
+
+import pytest
+
+from decoquant_compile.coverage import architectures
+from decoquant_compile.coverage.cells import ATTENTIONS, BOUNDS, CACHES, PREFILLS, measure
+from decoquant_compile.coverage.idioms import IDIOMS
+from decoquant_compile.patterns.reject import Reason
+from decoquant_compile.report import Untouched
+
+# What a cell may say of an attention. "UNSEEN" and "ERROR" are none: they are faults of ours.
+OUTCOMES = {"rewritten", *Reason.__members__, Untouched.UNSUPPORTED.name}
+# Idioms of which some attention is in no graph's report: the way it is spelled is not seen as attention at all.
+UNSEEN = {"MetaLlama"}
+
+
+def cells(name, attention, **how):
+    return list(measure(name, attention, how.pop("caches", CACHES), how.pop("prefills", tuple(PREFILLS)), **how))
+
+
+def assert_explained(cell):
+    assert cell.refused or cell.attentions, cell
+    assert {a.outcome for a in cell.attentions} <= OUTCOMES, cell
+
+
+@pytest.mark.parametrize("name", ["GptFast", "Rolling", "NanoGpt"])
+def test_idioms(name):
+    one, _ = found = cells(name, "own")
+    for cell in found:
+        assert_explained(cell)
+        assert not cell.refused
+    assert one.complete == (name != "NanoGpt")
+
+
+def test_a_missed_attention_is_no_success():
+    for cell in cells("MetaLlama", "own", prefills=("one",)):
+        assert not cell.complete
+
+
+def test_an_architecture():
+    static, dynamic = cells("llama", "sdpa", prefills=("one",))
+    assert_explained(static)
+    assert static.rewritten >= 2
+    assert_explained(dynamic)
+
+
+def test_what_the_library_refuses_is_no_cell_of_ours():
+    (cell,) = cells("gptj", "sdpa", caches=("static",), prefills=("one",))
+    assert "does not support" in cell.refused
+    (cell,) = cells("mamba", "eager", caches=("static",), prefills=("one",))
+    assert cell.refused
+
+
+def test_enough_architectures_can_be_made():
+    """The library's own mapping; the count of those that run with a KV cache is tested in the sweep."""
+    names = architectures.names()
+    assert len(names) > 150
+    assert {"llama", "t5:seq2seq", "whisper:seq2seq"} <= set(names)
+    sample = random.Random(0).sample(names, 6)
+    built = []
+    for name in sample:
+        try:
+            built.append(architectures.Architecture(name, "eager"))
+        except architectures.Unavailable:
+            continue
+    assert len(built) >= 3
+
+
+def test_checks_of_results():
+    (cell,) = cells("LitGpt", "own", prefills=("one",), bits=(16,))
+    assert cell.checks[16].error <= BOUNDS[16]
+    assert cell.checks[16].tokens == 1
+    assert not cell.wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*IDIOMS, *architectures.names()])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_cell(name, attention):
+    if name in IDIOMS and attention != "sdpa":
+        pytest.skip("an idiom has its own attention")
+    for cell in cells(name, attention, bits=tuple(BOUNDS)):
+        if name not in UNSEEN:
+            assert_explained(cell)
+        assert not cell.wrong, cell
