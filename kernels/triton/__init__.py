@@ -1,0 +1,1 @@
+"""Kernels for GPUs in Triton, an optional dependency: nothing here is imported without it."""
