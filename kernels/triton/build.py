@@ -73,7 +73,7 @@ class Statistics:
         warps: of a program.
         instructions: of the machine code by name, without modifiers, such as ``HMMA``; for NVIDIA also with those of
             asynchronous copies: ``LDGSTS.128``.
-        loop: the same of the longest loop; empty where there is none (always for AMD).
+        loop: the same of the longest loop without a loop inside; empty where there is none (always for AMD).
     """
 
     registers: int
@@ -128,11 +128,13 @@ def _nvidia(compiled: CompiledKernel) -> Statistics:
         _, log = _run(assembler.path, "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", ptx, "-o", "/dev/null")
         listing, _ = _run(knobs.nvidia.cuobjdump.path, "-sass", cubin)
     code = [(int(match[1], 16), match[2].strip()) for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)]
-    loop: tuple[int, int] = (0, -1)
+    loops = []
     for address, instruction in code:
         branch = re.search(r"BRA\S*\s+.*?(0x[0-9a-f]+)", instruction)
-        if branch and (start := int(branch[1], 16)) < address and address - start > loop[1] - loop[0]:
-            loop = start, address
+        if branch and (start := int(branch[1], 16)) < address:
+            loops.append((start, address))
+    inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] for b in loops if b != a)]
+    loop = max(inner, key=lambda span: span[1] - span[0], default=(0, -1))
     return Statistics(
         registers=_number(r"Used (\d+) registers", log),
         spills=_number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
