@@ -129,7 +129,7 @@ def plan(
 def fold(
     QUERY, KEYS, FOLDED, FACTORS,
     heads, queries, groups, q_sb, q_sh, q_sq, q_sc, k_means, k_scales, sets, scale,
-    D: tl.constexpr, DP: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Queries in the basis of a parameter set, in two int8 limbs. Grid: (batch * heads, sets, row groups).
@@ -172,6 +172,77 @@ def fold(
     tl.store(FACTORS + at * 2 + ROWS + tl.arange(0, ROWS), constant)
 
 
+# -------------------------------------------------------------------------------------------------------------- decode
+
+
+@triton.jit
+def decode(
+    STATE, codes, high, gains, means, scales, head, heads, sets, ring, number, capacity,
+    D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
+    KEY: tl.constexpr,
+):  # fmt: skip
+    """Tokens from their codes, float32 ``[tokens, DP]``.
+
+    Args:
+        ring: int64 ``[tokens]``, index along the slots.
+        number: int32 ``[tokens]``, parameter set; those out of range give zeros.
+        CHANNELS: of the planes.
+    """  # (the other arguments are as elsewhere)
+    WIDTH: tl.constexpr = 2 if BITS == 3 else 4 if BITS == 5 else BITS
+    coded = (number >= 0) & (number < sets)
+    gain = tl.load((STATE + gains).to(tl.pointer_type(tl.float16)) + head * capacity + ring, mask=coded, other=-1.0)
+    gain = gain.to(tl.float32)
+    coded &= gain >= 0
+    planes = STATE + codes + head * capacity * (CHANNELS * WIDTH // 8)
+    c = tl.arange(0, DP)
+    x = tl.zeros([ring.shape[0], DP], tl.float32)
+    for begin in tl.range(0, D, 32):
+        j = begin + tl.arange(0, 32)
+        mask = coded[:, None] & (j < D)[None, :]
+        code = _code(planes, ring[:, None], j[None, :], mask, CHANNELS, WIDTH, KEY)
+        if BITS == 3 or BITS == 5:
+            bits = STATE + high + head * capacity * (CHANNELS // 8)
+            code |= _code(bits, ring[:, None], j[None, :], mask, CHANNELS, 1, KEY) << WIDTH
+        y = tl.where(mask, entry(code, BITS).to(tl.float32), 0.0)
+        matrix = rotation(c[None, :] + tl.zeros_like(j)[:, None], j[:, None] + tl.zeros_like(c)[None, :], D)
+        matrix = tl.where((j < D)[:, None] & (c < D)[None, :], matrix, 0.0)
+        x = tl.dot(y, matrix, x, input_precision="ieee")
+    inside = coded[:, None] & (c < D)[None, :]
+    of_set = ((head // heads * sets + number) * heads + head % heads)[:, None] * D + c[None, :]
+    scale = tl.load((STATE + scales).to(tl.pointer_type(tl.bfloat16)) + of_set, mask=inside, other=1.0).to(tl.float32)
+    x = x * (gain * (1 / STEPS))[:, None] / scale
+    if KEY:
+        mean = tl.load((STATE + means).to(tl.pointer_type(tl.bfloat16)) + of_set, mask=inside, other=0.0)
+        x += mean.to(tl.float32)
+    return tl.where(inside, x, 0.0)
+
+
+@triton.jit
+def _code(PLANE, token, channel, mask, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, KEY: tl.constexpr):
+    """Part of a code in one plane, int32; see `decoquant_compile.kernels.tiles`."""
+    PER: tl.constexpr = 32 // WIDTH
+    if KEY:
+        at = ((token // 16 * (CHANNELS // PER) + channel // PER) * 16 + token % 16) * 4 + channel % 4
+        field = channel % PER // 4
+    else:
+        at = token // 64 * (CHANNELS // 16) + channel // 16
+        at = ((at * (2 * WIDTH) + token % 64 // PER) * 16 + channel % 16) * 4 + token % 4
+        field = (token % PER // 4).to(tl.int32)
+    byte = tl.load(PLANE + at, mask=mask, other=0).to(tl.int32)
+    return (byte >> (field * WIDTH)) & ((1 << WIDTH) - 1)
+
+
+@triton.jit
+def _turn_back(sums, channel, c, VALUES, v_scales, number, head, heads, sets, D: tl.constexpr):
+    """Channels `c` of sums over values ``[channels, rows]`` of one set, whose places hold `channel`: out of its basis."""
+    zero = tl.zeros_like(channel)[None, :] + tl.zeros_like(c)[:, None]
+    matrix = rotation(c[:, None] + zero, channel[None, :] + zero, D)
+    matrix = tl.where((c < D)[:, None] & (channel < D)[None, :], matrix, 0.0)
+    of_set = ((head // heads * sets + number) * heads + head % heads) * D
+    scale = tl.load((VALUES + v_scales).to(tl.pointer_type(tl.bfloat16)) + of_set + c, mask=c < D, other=1.0)
+    return tl.dot(matrix, sums, input_precision="ieee") / scale.to(tl.float32)[:, None]
+
+
 # --------------------------------------------------------------------------------------------------------------- split
 
 
@@ -187,8 +258,7 @@ def _key_words(WORDS, ROWS: tl.constexpr, PADDED: tl.constexpr, PER: tl.constexp
 
     PADDED rows of which ROWS exist; PER of them share a row of the plane.
     """
-    row = tl.arange(0, PADDED // 4)[:, None, None, None, None, None] * 4
-    row += tl.arange(0, 4)[None, None, None, None, :, None]
+    row = _rows(PADDED)
     tile = tl.arange(0, 2)[None, :, None, None, None, None] * 2 + tl.arange(0, 2)[None, None, :, None, None, None]
     token = tl.arange(0, 4)[None, None, None, :, None, None] * 4 + tl.arange(0, 4)[None, None, None, None, None, :]
     at = (tile * (ROWS // PER) + row // PER) * 16 + token
@@ -200,8 +270,7 @@ def _key_words(WORDS, ROWS: tl.constexpr, PADDED: tl.constexpr, PER: tl.constexp
 @triton.jit
 def _value_words(WORDS, ROWS: tl.constexpr, CHUNKS: tl.constexpr, PADDED: tl.constexpr, PER: tl.constexpr):
     """Words of a tile of values ``[row / 4, chunk / 2, chunk % 2, channel / 4, row % 4, channel % 4]``."""
-    row = tl.arange(0, ROWS // 4)[:, None, None, None, None, None] * 4
-    row += tl.arange(0, 4)[None, None, None, None, :, None]
+    row = _rows(ROWS)
     LOW: tl.constexpr = 2 if PADDED > 1 else 1
     chunk = tl.arange(0, PADDED // LOW)[None, :, None, None, None, None] * LOW
     chunk += tl.arange(0, LOW)[None, None, :, None, None, None]
@@ -210,6 +279,13 @@ def _value_words(WORDS, ROWS: tl.constexpr, CHUNKS: tl.constexpr, PADDED: tl.con
     if PADDED == CHUNKS:
         return tl.load(WORDS + at)
     return tl.load(WORDS + at, mask=tl.broadcast_to(chunk < CHUNKS, at.shape), other=0)
+
+
+@triton.jit
+def _rows(PADDED: tl.constexpr):
+    """Row of each word of a tile."""
+    row = tl.arange(0, PADDED // 4)[:, None, None, None, None, None] * 4
+    return row + tl.arange(0, 4)[None, None, None, None, :, None]
 
 
 @triton.jit
@@ -232,7 +308,7 @@ def _softcap(logits, softcap):
 
 
 @triton.jit
-def _mask_tile(
+def _masked(
     logits, MASK, row, kv_head, query, head, column, admitted, m_sb, m_sh, m_sq, m_sl, MASK_KIND: tl.constexpr
 ):
     """Logits ``[columns, rows]`` under the mask. Kinds: 0 none, 1 bool, 2 additive."""
@@ -245,24 +321,31 @@ def _mask_tile(
 
 
 @triton.jit
+def _place_of_channel(m, PADDED: tl.constexpr):
+    """Channel at place m of the sums over values, an order in which they lie as 16-byte loads of values do."""
+    LOW: tl.constexpr = 2 if PADDED > 16 else 1
+    return (m // (16 * LOW) * LOW + m // 4 % LOW) * 16 + m % 4 * 4 + m // (4 * LOW) % 4
+
+
+@triton.jit
 def split(
     QUERY, KEYS, VALUES, MASK, TAGS, FOLDED, FACTORS, PART, PEAKS, SUMS, SETS,
     heads, queries, groups, slots, capacity, first, length, q_sb, q_sh, q_sq, q_sc, m_sb, m_sh, m_sq, m_sl,
-    k_codes, k_high, k_gains, v_codes, v_high, v_gains, k_sets, scale, softcap, parts,
-    KD: tl.constexpr, VD: tl.constexpr, VP: tl.constexpr, PLACES: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, DTYPE: tl.constexpr, V_STEPS: tl.constexpr,
-    ROWS: tl.constexpr, MASK_KIND: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, PTX: tl.constexpr,
+    k_codes, k_high, k_gains, v_codes, v_high, v_gains, v_scales, k_sets, v_sets, scale, softcap, parts,
+    KD: tl.constexpr, KP: tl.constexpr, K_CHANNELS: tl.constexpr, PLACES: tl.constexpr, K_BITS: tl.constexpr,
+    VD: tl.constexpr, VP: tl.constexpr, V_CHANNELS: tl.constexpr, V_BITS: tl.constexpr, V_STEPS: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, MASK_KIND: tl.constexpr, SOFTCAP: tl.constexpr,
+    NATURAL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Attends to the packed tokens in a share of the tiles. Grid: (splits, batch * heads, row groups).
+    """Attends to the packed tokens in a share of the tiles. Grid: (shares, batch * heads, row groups).
 
-    PART: float32 ``[batch * heads * row groups, parts, ROWS, VP]``, sums of values weighted relative to PEAKS
-    ``[..., parts, ROWS]``, with SUMS of the weights; SETS int32 ``[..., parts]``: the parameter set in whose basis PART
-    is, -1 for the cache's own. A split owns two parts: its last set, and all others together.
+    PART: float32 ``[batch * heads, row groups, parts, ROWS, VP]``, sums of values with weights relative to PEAKS
+    ``[..., parts, ROWS]``; SUMS: of the weights; SETS int32 ``[..., parts]``: the parameter set in whose basis PART is,
+    -1 for the cache's own. Part `share` is the last set of a share, part ``shares + share`` the sum of its others.
     """
     K_WIDTH: tl.constexpr = 2 if K_BITS == 3 else 4 if K_BITS == 5 else K_BITS
     V_WIDTH: tl.constexpr = 2 if V_BITS == 3 else 4 if V_BITS == 5 else V_BITS
-    K_HALVES: tl.constexpr = 2 if K_BITS == 4 else 1
-    V_HALVES: tl.constexpr = 2 if V_BITS == 4 else 1
+    N: tl.constexpr = 2 * ROWS
     share = tl.program_id(0)
     shares = tl.num_programs(0)
     head = tl.program_id(1).to(tl.int64)
@@ -274,35 +357,34 @@ def split(
     query = row // groups
     in_group = row % groups
     real = query < queries
-    i = tl.arange(0, 64)
-    tokens = _token_of(i)
+    tokens = _token_of(tl.arange(0, 64))
     tags = TAGS + batch_row * length
 
     origin = tl.load(_int64s(KEYS, 0))
-    written = tl.maximum(tl.load(_int64s(KEYS, 0) + 1), tl.load(_int64s(VALUES, 0) + 1)) - origin
     zero = (origin >> 63).to(tl.int32)
     turn = (origin % slots).to(tl.int32)
+    written = tl.maximum(tl.load(_int64s(KEYS, 0) + 1), tl.load(_int64s(VALUES, 0) + 1)) - origin
     low = tl.maximum(first, 0)
     high = tl.minimum(tl.minimum(slots, first + length), written).to(tl.int32)
     count = tl.maximum(high - low, 0)
+    apart = origin != tl.load(_int64s(VALUES, 0))  # then `exact` does it
     tiles = capacity // _TILE
     begin = (turn + low) % slots
     tile0 = begin // _TILE
     stop = begin + count
     number = tl.where(stop <= slots, tl.cdiv(stop, _TILE) - tile0, tiles - tile0 + tl.cdiv(stop - slots, _TILE))
-    number = tl.where(count > 0, tl.minimum(number, tiles), 0)
+    number = tl.where((count > 0) & ~apart, tl.minimum(number, tiles), 0)
     tile_begin = (number.to(tl.int64) * share // shares).to(tl.int32)
     tile_end = (number.to(tl.int64) * (share + 1) // shares).to(tl.int32)
 
     peak = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
 
-    # Columns never written, a share of all columns each
-    if count < length:
-        ZB: tl.constexpr = 256
-        blocks = tl.cdiv(length, ZB)
+    if count < length:  # columns never written, a share of all columns each
+        ZEROS: tl.constexpr = 256
+        blocks = tl.cdiv(length, ZEROS)
         for block in tl.range(blocks * share // shares, blocks * (share + 1) // shares):
-            column = block * ZB + tl.arange(0, ZB)
+            column = block * ZEROS + tl.arange(0, ZEROS)
             tag = tl.load(tags + column, mask=column < length, other=_ELSEWHERE).to(tl.int32)
             found = tag == _ZERO
             here = tl.sum(found.to(tl.int32), 0)
@@ -312,28 +394,34 @@ def split(
                     total = total * _exp(peak - new_peak, NATURAL) + here.to(tl.float32) * _exp(-new_peak, NATURAL)
                     peak = new_peak
                 else:
-                    s = tl.where(found[:, None], tl.zeros([ZB, ROWS], tl.float32), -float("inf"))
+                    z = tl.where(found[:, None], tl.zeros([ZEROS, ROWS], tl.float32), -float("inf"))
                     admitted = found[:, None] & real[None, :]
-                    s = _mask_tile(
-                        s, MASK, batch_row, kv_head, query, in_group, column, admitted, m_sb, m_sh, m_sq, m_sl, MASK_KIND
+                    z = _masked(
+                        z, MASK, batch_row, kv_head, query, in_group, column, admitted, m_sb, m_sh, m_sq, m_sl, MASK_KIND
                     )
-                    new_peak = tl.maximum(peak, tl.max(s, 0))
+                    new_peak = tl.maximum(peak, tl.max(z, 0))
                     safe = _finite_peak(new_peak)
-                    total = total * _exp(peak - safe, NATURAL) + tl.sum(_exp(s - safe[None, :], NATURAL), 0)
+                    total = total * _exp(peak - safe, NATURAL) + tl.sum(_exp(z - safe[None, :], NATURAL), 0)
                     peak = new_peak
 
-    CHUNKS: tl.constexpr = (VD + 15) // 16
-    m = tl.arange(0, VP)
     if V_BITS == 16:
-        channel = m
+        channel = tl.arange(0, VP)
     else:
-        C_LOW: tl.constexpr = 2 if VP > 16 else 1
-        channel = (m // (16 * C_LOW) * C_LOW + m // 4 % C_LOW) * 16 + m % 4 * 4 + m // (4 * C_LOW) % 4
-    at = (head * tl.num_programs(2) + group) * parts + share * 2
-    out = PART + (at + 1) * ROWS * VP + r[None, :] * VP + channel[:, None]
-    flushed = tl.full([ROWS], -float("inf"), tl.float32)  # the peak that the other part is relative to
+        channel = _place_of_channel(tl.arange(0, VP), VP)
+    at = (head * tl.num_programs(2) + group) * parts + share
+    other = PART + (at + shares) * ROWS * VP + r[None, :] * VP
+    flushed = tl.full([ROWS], -float("inf"), tl.float32)  # what the other part is relative to
+    flushes = 0
 
-    # Parameter sets in ascending order of tags, each over the tiles it occurs in
+    if K_BITS == 16:
+        kc = tl.arange(0, KP)
+        q_at = batch_row * q_sb + (kv_head + in_group) * q_sh + query * q_sq
+        q = tl.load(QUERY + q_at[None, :] + kc[:, None] * q_sc, mask=real[None, :] & (kc < KD)[:, None], other=0.0)
+        q = q.to(tl.float32) * scale
+        q_high = q.to(DTYPE)
+        q_low = (q - q_high.to(tl.float32)).to(DTYPE)
+
+    # Pairs of parameter sets in the order of their tags, each over the run of tiles it occurs in
     tag_now = tl.full([], -1, tl.int32)
     value_set = tl.full([], -1, tl.int32)
     acc = tl.zeros([VP, ROWS], tl.float32)
@@ -342,38 +430,45 @@ def split(
         following = tl.full([256], 32767, tl.int32)
         first_tile = tl.full([256], 2147483647, tl.int32)
         last_tile = tl.full([256], -1, tl.int32)
-        # The next tag, then where it is
-        for look in tl.static_range(2):
+        for look in tl.static_range(2):  # the next tag, then where it is
             for block in tl.range(tile_begin, tile_end, 4):
-                index = block + tl.arange(0, 256) // 64
-                ring = (tile0 + index) % tiles * _TILE + tl.arange(0, 256) % 64
-                slot = ring - turn
+                found_tile = block + tl.arange(0, 256) // 64
+                spot = (tile0 + found_tile) % tiles * _TILE + tl.arange(0, 256) % 64
+                slot = spot - turn
                 slot = tl.where(slot < 0, slot + slots, slot)
                 column = slot - first
-                inside = (index < tile_end) & (ring < slots) & (column >= 0) & (column < length)
+                inside = (found_tile < tile_end) & (spot < slots) & (column >= 0) & (column < length)
                 tag = tl.load(tags + column, mask=inside, other=_ELSEWHERE).to(tl.int32)
                 if look == 0:
                     following = tl.where(tag > tag_now, tl.minimum(tag, following), following)
                 else:
-                    first_tile = tl.where(tag == tag_now, tl.minimum(index, first_tile), first_tile)
-                    last_tile = tl.where(tag == tag_now, tl.maximum(index, last_tile), last_tile)
+                    first_tile = tl.where(tag == tag_now, tl.minimum(found_tile, first_tile), first_tile)
+                    last_tile = tl.where(tag == tag_now, tl.maximum(found_tile, last_tile), last_tile)
             if look == 0:
                 tag_now = tl.min(following, 0)
         searching = tag_now < 32767
         if searching:
             k_set = tag_now % 128
-            if tag_now // 128 != value_set:
-                if value_set >= 0:
-                    # TODO
-                    acc = tl.zeros([VP, ROWS], tl.float32)
-                value_set = tag_now // 128
+            if V_BITS != 16:
+                if tag_now // 128 != value_set:
+                    if (value_set >= 0) & (value_set < v_sets):
+                        relative = _exp(flushed - _finite_peak(peak), NATURAL)
+                        tl.debug_barrier()  # the sums before may have been written by other threads
+                        for block in tl.range(0, VP, 16):
+                            c = block + tl.arange(0, 16)
+                            turned = _turn_back(acc, channel, c, VALUES, v_scales, value_set, head, heads, v_sets, VD)
+                            before = tl.load(other + c[:, None], mask=tl.broadcast_to(flushes > 0, turned.shape), other=0.0)
+                            tl.store(other + c[:, None], before * relative[None, :] + turned)
+                        flushed = _finite_peak(peak)
+                        flushes += 1
+                        acc = tl.zeros([VP, ROWS], tl.float32)
+                    value_set = tag_now // 128
             if K_BITS != 16:
-                N: tl.constexpr = 2 * ROWS
                 k_safe = tl.where(k_set < k_sets, k_set, 0)
                 folded = ((head * tl.num_programs(2) + group) * k_sets + k_safe) * ROWS
                 q_words = (FOLDED + folded * 2 * PLACES).to(tl.pointer_type(tl.int32))
                 q_words += tl.arange(0, N)[:, None] * (PLACES // 4) + tl.arange(0, PLACES // 4)[None, :]
-                q = tl.trans(tl.reshape(unpack(tl.load(q_words)), [N, PLACES]))
+                limbs_of_q = tl.trans(tl.reshape(unpack(tl.load(q_words)), [N, PLACES]))
                 factor = tl.load(FACTORS + folded * 2 + r)
                 constant = tl.load(FACTORS + folded * 2 + ROWS + r)
             for index in tl.range(tl.min(first_tile, 0), tl.max(last_tile, 0) + 1):
@@ -384,46 +479,417 @@ def split(
                 column = slot - first
                 inside = (ring < slots) & (column >= 0) & (column < length)
                 mine = tl.load(tags + column, mask=inside, other=_ELSEWHERE).to(tl.int32) == tag_now
-                K_ROWS: tl.constexpr = (KD * K_WIDTH + 31) // 32
-                K_PADDED: tl.constexpr = PLACES * K_WIDTH // 32
-                words = (KEYS + k_codes).to(tl.pointer_type(tl.int32)) + (head * capacity + tile * _TILE) * K_ROWS
-                w = _key_words(words, K_ROWS, K_PADDED, 1)
-                e = entries(w, w, w, zero, K_BITS, PTX)
-                s_limbs = tl.zeros([64, N], tl.int32)
-                for half in tl.static_range(K_HALVES):
-                    x = gather(e, half * (8 // K_WIDTH), 8 // K_WIDTH)
-                    x = tl.reshape(tl.permute(x, (1, 5, 2, 3, 0, 7, 4, 6)), [64, PLACES])
-                    s_limbs = tl.dot(x, q, s_limbs)
-                s_high, s_low = tl.split(tl.reshape(s_limbs, [64, ROWS, 2]))
-                gain = tl.load((KEYS + k_gains).to(tl.pointer_type(tl.float16)) + head * capacity + ring).to(tl.float32)
-                s = (s_high * 128 + s_low).to(tl.float32) * gain[:, None] * factor[None, :] + constant[None, :]
-                s = tl.where((gain >= 0)[:, None] & (k_set != _NO_SET), s, 0.0)
-                s = tl.where(mine[:, None], s, -float("inf"))
 
+                # Scores
+                if K_BITS == 16:
+                    raw = (KEYS + k_codes).to(tl.pointer_type(DTYPE)) + (head * slots + ring)[:, None] * KD + kc[None, :]
+                    x = tl.load(raw, mask=mine[:, None] & (kc < KD)[None, :], other=0.0)
+                    s = tl.dot(x, q_high, input_precision="ieee")
+                    if DTYPE != tl.float32:
+                        s = tl.dot(x, q_low, s)
+                else:
+                    K_ROWS: tl.constexpr = K_CHANNELS * K_WIDTH // 32
+                    k_tile = head * capacity + tile * _TILE
+                    words = (KEYS + k_codes).to(tl.pointer_type(tl.int32)) + k_tile * K_ROWS
+                    K_PADDED: tl.constexpr = PLACES * K_WIDTH // 32
+                    w = _key_words(words, K_ROWS, K_PADDED, 1)
+                    if K_BITS == 5 or K_BITS == 3:
+                        k_high_words = (KEYS + k_high).to(tl.pointer_type(tl.int32)) + k_tile * (K_CHANNELS // 32)
+                        above = _key_words(k_high_words, K_ROWS, K_PADDED, K_WIDTH)
+                    else:
+                        above = w
+                    e = entries(w, above, _rows(K_PADDED), zero, K_BITS, PTX)
+                    limbs_of_s = tl.zeros([64, N], tl.int32)
+                    for half in tl.static_range(2 if K_BITS == 4 else 1):
+                        x = gather(e, half * (8 // K_WIDTH), 8 // K_WIDTH)
+                        x = tl.reshape(tl.permute(x, (1, 5, 2, 3, 0, 7, 4, 6)), [64, PLACES])
+                        limbs_of_s = tl.dot(x, limbs_of_q, limbs_of_s)
+                    s_high, s_low = tl.split(tl.reshape(limbs_of_s, [64, ROWS, 2]))
+                    gain = tl.load((KEYS + k_gains).to(tl.pointer_type(tl.float16)) + head * capacity + ring)
+                    gain = gain.to(tl.float32)
+                    s = (s_high * 128 + s_low).to(tl.float32) * gain[:, None] * factor[None, :] + constant[None, :]
+                    s = tl.where((gain >= 0)[:, None] & (k_set < k_sets), s, 0.0)
+
+                # Softmax
+                if SOFTCAP:
+                    s = _softcap(s, softcap)
+                    if not NATURAL:
+                        s *= _LOG2E
+                s = _masked(
+                    s, MASK, batch_row, kv_head, query, in_group, column, mine[:, None] & real[None, :],
+                    m_sb, m_sh, m_sq, m_sl, MASK_KIND,
+                )  # fmt: skip
+                s = tl.where(mine[:, None], s, -float("inf"))
                 new_peak = tl.maximum(peak, tl.max(s, 0))
                 safe = _finite_peak(new_peak)
                 alpha = _exp(peak - safe, NATURAL)
                 p = _exp(s - safe[None, :], NATURAL)
                 total = total * alpha + tl.sum(p, 0)
                 peak = new_peak
-                v_gain = tl.load((VALUES + v_gains).to(tl.pointer_type(tl.float16)) + head * capacity + ring).to(tl.float32)
-                weight = p * tl.maximum(v_gain, 0.0)[:, None]
-                top = tl.max(weight, 0)
-                limbs = two_limbs(weight, tl.broadcast_to(top[None, :], weight.shape))
-                limbs = _reorder(tl.reshape(limbs, [64, N]), V_WIDTH, N)
-                V_ROWS: tl.constexpr = 2 * V_WIDTH
-                words = (VALUES + v_codes).to(tl.pointer_type(tl.int32)) + (head * tiles + tile) * (CHUNKS * V_ROWS * 16)
-                w = _value_words(words, V_ROWS, CHUNKS, VP // 16, 1)
-                e = entries(w, w, w, zero, V_BITS, PTX)
-                o_limbs = tl.zeros([VP, N], tl.int32)
-                for half in tl.static_range(V_HALVES):
-                    x = gather(e, half * (8 // V_WIDTH), 8 // V_WIDTH)
-                    x = tl.reshape(tl.permute(x, (1, 5, 2, 3, 0, 7, 4, 6)), [VP, 64])
-                    o_limbs = tl.dot(x, limbs, o_limbs)
-                o_high, o_low = tl.split(tl.reshape(o_limbs, [VP, ROWS, 2]))
-                acc = acc * alpha[None, :] + (o_high * 128 + o_low).to(tl.float32) * (top * (1 / (16256.0 * V_STEPS)))[None, :]
+
+                # Weighted sum of the values
+                if V_BITS == 16:
+                    vc = tl.arange(0, VP)
+                    raw = (VALUES + v_codes).to(tl.pointer_type(DTYPE)) + (head * slots + ring)[:, None] * VD + vc[None, :]
+                    x = tl.trans(tl.load(raw, mask=mine[:, None] & (vc < VD)[None, :], other=0.0))
+                    p_high = p.to(DTYPE)
+                    acc = tl.dot(x, p_high, acc * alpha[None, :], input_precision="ieee")
+                    if DTYPE != tl.float32:
+                        acc = tl.dot(x, (p - p_high.to(tl.float32)).to(DTYPE), acc)
+                else:
+                    gain = tl.load((VALUES + v_gains).to(tl.pointer_type(tl.float16)) + head * capacity + ring)
+                    p *= tl.maximum(gain.to(tl.float32), 0.0)[:, None]
+                    top = tl.max(p, 0)
+                    limbs = two_limbs(p, tl.broadcast_to(top[None, :], p.shape))
+                    limbs = _reorder(tl.reshape(limbs, [64, N]), V_WIDTH, N)
+                    v_tile = (head * capacity + tile * _TILE) * (V_CHANNELS // 16) // 2
+                    words = (VALUES + v_codes).to(tl.pointer_type(tl.int32)) + v_tile * V_WIDTH
+                    w = _value_words(words, 2 * V_WIDTH, V_CHANNELS // 16, VP // 16, 1)
+                    if V_BITS == 5 or V_BITS == 3:
+                        v_high_words = (VALUES + v_high).to(tl.pointer_type(tl.int32)) + v_tile
+                        above = _value_words(v_high_words, 2 * V_WIDTH, V_CHANNELS // 16, VP // 16, V_WIDTH)
+                    else:
+                        above = w
+                    e = entries(w, above, _rows(2 * V_WIDTH), zero, V_BITS, PTX)
+                    limbs_of_sum = tl.zeros([VP, N], tl.int32)
+                    for half in tl.static_range(2 if V_BITS == 4 else 1):
+                        x = gather(e, half * (8 // V_WIDTH), 8 // V_WIDTH)
+                        x = tl.reshape(tl.permute(x, (1, 5, 2, 3, 0, 7, 4, 6)), [VP, 64])
+                        limbs_of_sum = tl.dot(x, limbs, limbs_of_sum)
+                    sum_high, sum_low = tl.split(tl.reshape(limbs_of_sum, [VP, ROWS, 2]))
+                    unit = top * (1 / (16256.0 * V_STEPS))
+                    acc = acc * alpha[None, :] + (sum_high * 128 + sum_low).to(tl.float32) * unit[None, :]
 
     tl.store(PART + at * ROWS * VP + r[None, :] * VP + channel[:, None], acc)
     tl.store(PEAKS + at * ROWS + r, peak)
+    tl.store(PEAKS + (at + shares) * ROWS + r, flushed)
     tl.store(SUMS + at * ROWS + r, total)
+    tl.store(SUMS + (at + shares) * ROWS + r, tl.zeros([ROWS], tl.float32))
+    if V_BITS != 16:
+        value_set = tl.where(value_set < v_sets, value_set, -1)
     tl.store(SETS + at, value_set)
+    tl.store(SETS + at + shares, -1)
+
+
+# --------------------------------------------------------------------------------------------------------------- exact
+
+
+@triton.jit
+def _find(STATE, positions, row, wanted, COUNT: tl.constexpr):
+    """Which of the labelled copies has a position, -1 where none has."""
+    at = tl.zeros_like(wanted).to(tl.int32) - 1
+    for i in tl.static_range(COUNT):
+        at = tl.where(tl.load(_int64s(STATE, positions) + row * COUNT + i) == wanted, i, at)
+    return at
+
+
+@triton.jit
+def _find_in_window(STATE, positions, row, wanted, WINDOW: tl.constexpr):
+    if WINDOW == 0:
+        return tl.zeros_like(wanted).to(tl.int32) - 1
+    at = tl.maximum(wanted, 0) % WINDOW
+    hit = (wanted >= 0) & (tl.load(_int64s(STATE, positions) + row * WINDOW + at) == wanted)
+    return tl.where(hit, at, -1).to(tl.int32)
+
+
+@triton.jit
+def _copies(STATE, sinks, window, head, sink, at, D: tl.constexpr, DP: tl.constexpr,
+            SINKS: tl.constexpr, WINDOW: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Exact copies, float32 ``[n, DP]``: of the sink of that index, or else of that index of the window, or zeros."""
+    c = tl.arange(0, DP)
+    x = tl.zeros([sink.shape[0], DP], tl.float32)
+    if SINKS > 0:
+        rows = (head * SINKS + sink)[:, None] * D + c[None, :]
+        base = (STATE + sinks).to(tl.pointer_type(DTYPE))
+        x += tl.load(base + rows, mask=(sink >= 0)[:, None] & (c < D)[None, :], other=0.0).to(tl.float32)
+    if WINDOW > 0:
+        rows = (head * WINDOW + at)[:, None] * D + c[None, :]
+        base = (STATE + window).to(tl.pointer_type(DTYPE))
+        wanted = (sink < 0) & (at >= 0)
+        x += tl.load(base + rows, mask=wanted[:, None] & (c < D)[None, :], other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _stored(STATE, raw, codes, high, gains, epochs, means, scales, head, heads, sets, slot, wanted, slots, capacity,
+            D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
+            KEY: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Tokens of slots as the cache holds them, copies aside, float32 ``[n, DP]``; zeros where not `wanted`."""
+    origin = tl.load(_int64s(STATE, 0))
+    wanted &= (slot >= 0) & (slot < slots) & (slot < tl.load(_int64s(STATE, 0) + 1) - origin)
+    ring = (origin + tl.maximum(slot, 0)) % slots
+    if BITS == 16:
+        c = tl.arange(0, DP)
+        at = (head * slots + ring)[:, None] * D + c[None, :]
+        base = (STATE + raw).to(tl.pointer_type(DTYPE))
+        return tl.load(base + at, mask=wanted[:, None] & (c < D)[None, :], other=0.0).to(tl.float32)
+    number = tl.load(STATE + epochs + head // heads * capacity + ring, mask=wanted, other=255).to(tl.int32)
+    return decode(
+        STATE, codes, high, gains, means, scales, head, heads, sets, ring, number, capacity,
+        D, DP, CHANNELS, BITS, STEPS, KEY,
+    )  # fmt: skip
+
+
+@triton.jit
+def exact(
+    QUERY, KEYS, VALUES, KEY, VALUE, COLUMNS, TAGS, MASK, PART, PEAKS, SUMS, SETS,
+    heads, queries, groups, tokens, slots, capacity, first, length, scale, softcap, parts, part0,
+    q_sb, q_sh, q_sq, q_sc, k_sb, k_sh, k_st, k_sc, v_sb, v_sh, v_st, v_sc, m_sb, m_sh, m_sq, m_sl,
+    k_raw, k_codes, k_high, k_gains, k_epochs, k_means, k_scales, k_sinks, k_sink_positions, k_window, k_window_positions,
+    v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, v_sinks, v_sink_positions, v_window, v_window_positions,
+    k_sets, v_sets,
+    KD: tl.constexpr, KP: tl.constexpr, K_CHANNELS: tl.constexpr, K_BITS: tl.constexpr, K_STEPS: tl.constexpr,
+    K_SINKS: tl.constexpr, K_WINDOW: tl.constexpr,
+    VD: tl.constexpr, VP: tl.constexpr, V_CHANNELS: tl.constexpr, V_BITS: tl.constexpr, V_STEPS: tl.constexpr,
+    V_SINKS: tl.constexpr, V_WINDOW: tl.constexpr,
+    DTYPE: tl.constexpr, NEW: tl.constexpr, ROWS: tl.constexpr, MASK_KIND: tl.constexpr, SOFTCAP: tl.constexpr,
+    NATURAL: tl.constexpr,
+):  # fmt: skip
+    """Attends to tokens that have an exact copy of their key or value, and to the new ones.
+
+    Grid: (shares, batch * heads, row groups). The first share has the copies, the new tokens are shared among all.
+    Between two writes that turn the rings of keys and values one may stand further on than the other: then the packed
+    tokens are attended here too.
+    NEW: dtype of the products with new tokens; float32 is always right, another one where query and tokens have it.
+    """
+    share = tl.program_id(0)
+    shares = tl.num_programs(0)
+    head = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(2)
+    batch_row = head // heads
+    kv_head = head % heads * groups
+    r = tl.arange(0, ROWS)
+    row = group * ROWS + r
+    query = row // groups
+    in_group = row % groups
+    real = query < queries
+    kc = tl.arange(0, KP)
+    vc = tl.arange(0, VP)
+    n = tl.arange(0, 64)
+    q_at = batch_row * q_sb + (kv_head + in_group) * q_sh + query * q_sq
+    q = tl.load(QUERY + q_at[None, :] + kc[:, None] * q_sc, mask=real[None, :] & (kc < KD)[:, None], other=0.0)
+    k_origin = tl.load(_int64s(KEYS, 0))
+    v_origin = tl.load(_int64s(VALUES, 0))
+
+    peak = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([VP, ROWS], tl.float32)
+
+    COPIES: tl.constexpr = K_SINKS + K_WINDOW + V_SINKS + V_WINDOW
+    listed = COPIES + tl.where(k_origin == v_origin, 0, length)
+    blocks = tl.where(share == 0, tl.cdiv(listed, 64), 0)
+    for block in tl.range(0, blocks):
+        e = block * 64 + n
+        # The position that an entry of the list stands for: sinks and window of the keys, then of the values. The
+        # first entry of a position counts.
+        sink_k = (e < K_SINKS)
+        window_k = (e >= K_SINKS) & (e < K_SINKS + K_WINDOW)
+        f = e - (K_SINKS + K_WINDOW)
+        sink_v = (f >= 0) & (f < V_SINKS)
+        window_v = (f >= V_SINKS) & (f < V_SINKS + V_WINDOW)
+        label = tl.load(_int64s(KEYS, k_sink_positions) + batch_row * K_SINKS + e, mask=sink_k, other=-1)
+        label = tl.where(
+            window_k,
+            tl.load(_int64s(KEYS, k_window_positions) + batch_row * K_WINDOW + e - K_SINKS, mask=window_k, other=-1), label,
+        )  # fmt: skip
+        label_v = tl.load(_int64s(VALUES, v_sink_positions) + batch_row * V_SINKS + f, mask=sink_v, other=-1)
+        label_v = tl.where(
+            window_v,
+            tl.load(_int64s(VALUES, v_window_positions) + batch_row * V_WINDOW + f - V_SINKS, mask=window_v, other=-1),
+            label_v,
+        )  # fmt: skip
+        slot = tl.where(f < 0, label - k_origin, label_v - v_origin)
+        slot = tl.where(e < COPIES, slot, e - COPIES + first)
+        valid = tl.where(f < 0, label, label_v) >= 0
+        column = slot - first
+        valid &= (slot >= 0) & (column >= 0) & (column < length)
+        k_sink = _find(KEYS, k_sink_positions, batch_row, slot + k_origin, K_SINKS)
+        k_at = _find_in_window(KEYS, k_window_positions, batch_row, slot + k_origin, K_WINDOW)
+        v_sink = _find(VALUES, v_sink_positions, batch_row, slot + v_origin, V_SINKS)
+        v_at = _find_in_window(VALUES, v_window_positions, batch_row, slot + v_origin, V_WINDOW)
+        valid &= ~(window_k & (k_sink >= 0))
+        valid &= ~((f >= 0) & ((k_sink >= 0) | (k_at >= 0)))
+        valid &= ~(window_v & (v_sink >= 0))
+        for token in tl.range(0, tokens):
+            valid &= tl.load(COLUMNS + token) != column
+        packed = (e >= COPIES) & (e < listed)
+        tag = tl.load(TAGS + batch_row * length + e - COPIES, mask=packed, other=_ELSEWHERE)
+        valid = (valid & ~packed) | (packed & (tag >= 0))
+        if tl.sum(valid.to(tl.int32), 0) > 0:
+            x = _copies(KEYS, k_sinks, k_window, head, k_sink, k_at, KD, KP, K_SINKS, K_WINDOW, DTYPE)
+            lacking = valid & (k_sink < 0) & (k_at < 0)
+            if tl.sum(lacking.to(tl.int32), 0) > 0:
+                x += _stored(
+                    KEYS, k_raw, k_codes, k_high, k_gains, k_epochs, k_means, k_scales, head, heads, k_sets, slot, lacking,
+                    slots, capacity, KD, KP, K_CHANNELS, K_BITS, K_STEPS, True, DTYPE,
+                )  # fmt: skip
+            s = tl.dot(x, q.to(tl.float32), input_precision="ieee") * scale
+            s = _logits(
+                s, MASK, batch_row, kv_head, query, in_group, column, valid, real, softcap,
+                m_sb, m_sh, m_sq, m_sl, MASK_KIND, SOFTCAP, NATURAL,
+            )  # fmt: skip
+            x = _copies(VALUES, v_sinks, v_window, head, v_sink, v_at, VD, VP, V_SINKS, V_WINDOW, DTYPE)
+            lacking = valid & (v_sink < 0) & (v_at < 0)
+            if tl.sum(lacking.to(tl.int32), 0) > 0:
+                x += _stored(
+                    VALUES, v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, head, heads, v_sets, slot, lacking,
+                    slots, capacity, VD, VP, V_CHANNELS, V_BITS, V_STEPS, False, DTYPE,
+                )  # fmt: skip
+            new_peak = tl.maximum(peak, tl.max(s, 0))
+            safe = _finite_peak(new_peak)
+            alpha = _exp(peak - safe, NATURAL)
+            p = _exp(s - safe[None, :], NATURAL)
+            total = total * alpha + tl.sum(p, 0)
+            acc = tl.dot(tl.trans(x), p, acc * alpha[None, :], input_precision="ieee")
+            peak = new_peak
+
+    blocks = tl.cdiv(tokens, 64)
+    for block in tl.range(blocks * share // shares, blocks * (share + 1) // shares):
+        token = block * 64 + n
+        column = tl.load(COLUMNS + token, mask=token < tokens, other=-1)
+        valid = column >= 0
+        at = KEY + batch_row * k_sb + head % heads * k_sh + token.to(tl.int64)[:, None] * k_st + kc[None, :] * k_sc
+        x = tl.load(at, mask=(token < tokens)[:, None] & (kc < KD)[None, :], other=0.0).to(NEW)
+        s = tl.dot(x, q.to(NEW), input_precision="ieee") * scale
+        s = _logits(
+            s, MASK, batch_row, kv_head, query, in_group, column, valid, real, softcap,
+            m_sb, m_sh, m_sq, m_sl, MASK_KIND, SOFTCAP, NATURAL,
+        )  # fmt: skip
+        new_peak = tl.maximum(peak, tl.max(s, 0))
+        safe = _finite_peak(new_peak)
+        alpha = _exp(peak - safe, NATURAL)
+        p = _exp(s - safe[None, :], NATURAL)
+        total = total * alpha + tl.sum(p, 0)
+        at = VALUE + batch_row * v_sb + head % heads * v_sh + token.to(tl.int64)[:, None] * v_st + vc[None, :] * v_sc
+        x = tl.trans(tl.load(at, mask=valid[:, None] & (vc < VD)[None, :], other=0.0).to(NEW))
+        p_high = p.to(NEW)
+        acc = tl.dot(x, p_high, acc * alpha[None, :], input_precision="ieee")
+        if NEW != tl.float32:
+            acc = tl.dot(x, (p - p_high.to(tl.float32)).to(NEW), acc)
+        peak = new_peak
+
+    at = (head * tl.num_programs(2) + group) * parts + part0 + share
+    tl.store(PART + at * ROWS * VP + r[None, :] * VP + vc[:, None], acc)
+    tl.store(PEAKS + at * ROWS + r, peak)
+    tl.store(SUMS + at * ROWS + r, total)
+    tl.store(SETS + at, -1)
+
+
+@triton.jit
+def _logits(
+    s, MASK, batch_row, kv_head, query, in_group, column, valid, real, softcap, m_sb, m_sh, m_sq, m_sl,
+    MASK_KIND: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+):  # fmt: skip
+    """Logits from scaled products: softcap, unit, mask, columns that do not count."""
+    if SOFTCAP:
+        s = _softcap(s, softcap)
+    if not NATURAL:
+        s *= _LOG2E
+    admitted = valid[:, None] & real[None, :]
+    s = _masked(s, MASK, batch_row, kv_head, query, in_group, column, admitted, m_sb, m_sh, m_sq, m_sl, MASK_KIND)
+    return tl.where(valid[:, None], s, -float("inf"))
+
+
+# ------------------------------------------------------------------------------------------------------------- combine
+
+
+@triton.jit
+def combine(
+    PART, PEAKS, SUMS, SETS, SINK, VALUES, OUT,
+    heads, queries, groups, parts, v_scales, v_sets,
+    VD: tl.constexpr, VP: tl.constexpr, CODED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    HAS_SINK: tl.constexpr, NATURAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Merges the parts and turns them back to the cache's basis. Grid: (batch * heads, row groups, blocks of channels).
+
+    SINK: float32 ``[query heads]``, a logit per head that takes part in the softmax and has no value.
+    OUT: contiguous ``[batch, query heads, queries, VD]``. PARTS: `parts` or more, a power of two.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    r = tl.arange(0, ROWS)
+    row = group * ROWS + r
+    query = row // groups
+    q_head = head % heads * groups + row % groups
+    real = query < queries
+    at = (head * tl.num_programs(1) + group) * parts
+    part = tl.arange(0, PARTS)
+    there = part < parts
+    peaks = tl.load(PEAKS + (at + part)[:, None] * ROWS + r[None, :], mask=there[:, None], other=-float("inf"))
+    sums = tl.load(SUMS + (at + part)[:, None] * ROWS + r[None, :], mask=there[:, None], other=0.0)
+    sets = tl.load(SETS + at + part, mask=there, other=-1)
+    peak = tl.max(peaks, 0)
+    if HAS_SINK:
+        sink = tl.load(SINK + q_head, mask=real, other=0.0) * (1.0 if NATURAL else _LOG2E)
+        peak = tl.maximum(peak, sink)
+    safe = _finite_peak(peak)
+    total = tl.sum(sums * _exp(peaks - safe[None, :], NATURAL), 0)
+    if HAS_SINK:
+        total += _exp(sink - safe, NATURAL)
+
+    c = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, VP)
+    out = tl.zeros([BLOCK, ROWS], tl.float32)
+    STEP: tl.constexpr = 8
+    lane = tl.arange(0, STEP)
+    for begin in tl.range(0, parts, STEP):  # what is in the cache's basis already
+        which = begin + lane
+        own = tl.load(SETS + at + which, mask=which < parts, other=0) == -1
+        weight = tl.load(
+            PEAKS + (at + which)[:, None] * ROWS + r[None, :], mask=(own & (which < parts))[:, None], other=-float("inf")
+        )
+        used = (weight > -float("inf"))[:, None, :] & (c < VD)[None, :, None]
+        rows = (at + which)[:, None, None] * ROWS + r[None, None, :]
+        x = tl.load(PART + rows * VP + c[None, :, None], mask=used, other=0.0)
+        out += tl.sum(x * _exp(weight - safe[None, :], NATURAL)[:, None, :], 0)
+    if CODED:
+        number = tl.min(tl.where(sets >= 0, sets, 2147483647), 0)
+        while number < 2147483647:
+            acc = tl.zeros([VP, ROWS], tl.float32)
+            for begin in tl.range(0, parts, STEP):
+                which = begin + lane
+                own = tl.load(SETS + at + which, mask=which < parts, other=-1) == number
+                weight = tl.load(
+                    PEAKS + (at + which)[:, None] * ROWS + r[None, :], mask=own[:, None], other=-float("inf")
+                )
+                rows = (at + which)[:, None, None] * ROWS + r[None, None, :]
+                x = tl.load(
+                    PART + rows * VP + j[None, :, None],
+                    mask=tl.broadcast_to((weight > -float("inf"))[:, None, :], [STEP, VP, ROWS]), other=0.0,
+                )  # fmt: skip
+                acc += tl.sum(x * _exp(weight - safe[None, :], NATURAL)[:, None, :], 0)
+            out += _turn_back(acc, j, c, VALUES, v_scales, number, head, heads, v_sets, VD)
+            number = tl.min(tl.where(sets > number, sets, 2147483647), 0)
+    out = tl.where((total == 0)[None, :], 0.0, out / total[None, :])
+    to = ((head // heads * (heads * groups) + q_head) * queries + query) * VD
+    tl.store(OUT + to[None, :] + c[:, None], out, mask=real[None, :] & (c < VD)[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------------- dequantise
+
+
+@triton.jit
+def dequantise(
+    STATE, OUT, heads, slots, capacity, sets,
+    raw, codes, high, gains, epochs, means, scales, sinks, sink_positions, window, window_positions,
+    D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
+    SINKS: tl.constexpr, WINDOW: tl.constexpr, KEY: tl.constexpr, DTYPE: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """The dense cache. Grid: (blocks of 64 slots, batch * heads). OUT: contiguous ``[batch, heads, slots, D]``."""
+    head = tl.program_id(1).to(tl.int64)
+    row = head // heads
+    slot = tl.program_id(0).to(tl.int64) * 64 + tl.arange(0, 64)
+    c = tl.arange(0, DP)
+    inside = slot < slots
+    x = _stored(
+        STATE, raw, codes, high, gains, epochs, means, scales, head, heads, sets, slot, inside, slots, capacity,
+        D, DP, CHANNELS, BITS, STEPS, KEY, DTYPE,
+    )  # fmt: skip
+    if BITS != 16:
+        x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
+    position = slot + tl.load(_int64s(STATE, 0))
+    sink = _find(STATE, sink_positions, row, position, SINKS)
+    at = _find_in_window(STATE, window_positions, row, position, WINDOW)
+    copy = _copies(STATE, sinks, window, head, sink, at, D, DP, SINKS, WINDOW, DTYPE)
+    x = tl.where(((sink >= 0) | (at >= 0))[:, None], copy, x)
+    tl.store(OUT + (head * slots + slot)[:, None] * D + c[None, :], x, mask=inside[:, None] & (c < D)[None, :])
