@@ -113,9 +113,9 @@ def plan(
         v_position = tl.where(inside, v_origin + slot, -1)
         gone = _copied(KEYS, k_sink_positions, k_window_positions, row, k_position, K_SINKS, K_WINDOW)
         gone |= _copied(VALUES, v_sink_positions, v_window_positions, row, v_position, V_SINKS, V_WINDOW)
-        for token in tl.range(0, tokens):
-            position = tl.load(POSITIONS + token)
-            gone |= (position >= 0) & (position == slot)
+        for other in tl.range(0, tokens):
+            taken = tl.load(POSITIONS + other)
+            gone |= (taken >= 0) & (taken == slot)
         if MASKED:
             gone |= tl.load(MASK + row * mask_sb + column * mask_sl, mask=column < length, other=0) == 0
         tag = tl.where(gone, _ELSEWHERE, tag)
@@ -130,7 +130,7 @@ def fold(
     QUERY, KEYS, FOLDED, FACTORS,
     heads, queries, groups, q_sb, q_sh, q_sq, q_sc, k_means, k_scales, sets, scale,
     D: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries in the basis of a parameter set, in two int8 limbs. Grid: (batch * heads, sets, row groups).
 
@@ -160,7 +160,7 @@ def fold(
         inside = (c < D)[:, None] & (channel < D)[None, :]
         matrix = rotation(c[:, None] + tl.zeros_like(channel)[None, :], channel[None, :] + tl.zeros_like(c)[:, None], D)
         matrix = tl.where(inside, matrix, 0.0)
-        rotated = tl.dot(x / s.to(tl.float32)[None, :], matrix, rotated, input_precision="ieee")
+        rotated = tl.dot(x / s.to(tl.float32)[None, :], matrix, rotated, input_precision=PRECISION)
     peak = tl.max(tl.abs(rotated), 1)
     # Integers know no nan: it comes back with the factor.
     poison = tl.sum(rotated * 0.0, 1)
@@ -179,7 +179,7 @@ def fold(
 def decode(
     STATE, codes, high, gains, means, scales, head, heads, sets, ring, number, capacity,
     D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
-    KEY: tl.constexpr,
+    KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tokens from their codes, float32 ``[tokens, DP]``.
 
@@ -206,7 +206,7 @@ def decode(
         y = tl.where(mask, entry(code, BITS).to(tl.float32), 0.0)
         matrix = rotation(c[None, :] + tl.zeros_like(j)[:, None], j[:, None] + tl.zeros_like(c)[None, :], D)
         matrix = tl.where((j < D)[:, None] & (c < D)[None, :], matrix, 0.0)
-        x = tl.dot(y, matrix, x, input_precision="ieee")
+        x = tl.dot(y, matrix, x, input_precision=PRECISION)
     inside = coded[:, None] & (c < D)[None, :]
     of_set = ((head // heads * sets + number) * heads + head % heads)[:, None] * D + c[None, :]
     scale = tl.load((STATE + scales).to(tl.pointer_type(tl.bfloat16)) + of_set, mask=inside, other=1.0).to(tl.float32)
@@ -233,14 +233,19 @@ def _code(PLANE, token, channel, mask, CHANNELS: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
-def _turn_back(sums, channel, c, VALUES, v_scales, number, head, heads, sets, D: tl.constexpr):
-    """Channels `c` of sums over values ``[channels, rows]`` of one set, whose places hold `channel`: out of its basis."""
-    zero = tl.zeros_like(channel)[None, :] + tl.zeros_like(c)[:, None]
-    matrix = rotation(c[:, None] + zero, channel[None, :] + zero, D)
-    matrix = tl.where((c < D)[:, None] & (channel < D)[None, :], matrix, 0.0)
-    of_set = ((head // heads * sets + number) * heads + head % heads) * D
-    scale = tl.load((VALUES + v_scales).to(tl.pointer_type(tl.bfloat16)) + of_set + c, mask=c < D, other=1.0)
-    return tl.dot(matrix, sums, input_precision="ieee") / scale.to(tl.float32)[:, None]
+def _turn_back(sums, j, c, out, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds to `out` what places `j` of sums over values ``[j, rows]`` of one set are in channels `c`, scale aside."""
+    zero = tl.zeros_like(j)[None, :] + tl.zeros_like(c)[:, None]
+    matrix = rotation(c[:, None] + zero, j[None, :] + zero, D)
+    matrix = tl.where((c < D)[:, None] & (j < D)[None, :], matrix, 0.0)
+    return tl.dot(matrix, sums, out, input_precision=PRECISION)
+
+
+@triton.jit
+def _scale(VALUES, v_scales, number, c, head, heads, sets, D: tl.constexpr):
+    at = ((head // heads * sets + number) * heads + head % heads) * D + c
+    scale = tl.load((VALUES + v_scales).to(tl.pointer_type(tl.bfloat16)) + at, mask=c < D, other=1.0)
+    return scale.to(tl.float32)
 
 
 # --------------------------------------------------------------------------------------------------------------- split
@@ -335,7 +340,7 @@ def split(
     KD: tl.constexpr, KP: tl.constexpr, K_CHANNELS: tl.constexpr, PLACES: tl.constexpr, K_BITS: tl.constexpr,
     VD: tl.constexpr, VP: tl.constexpr, V_CHANNELS: tl.constexpr, V_BITS: tl.constexpr, V_STEPS: tl.constexpr,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, MASK_KIND: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, PTX: tl.constexpr,
+    NATURAL: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attends to the packed tokens in a share of the tiles. Grid: (shares, batch * heads, row groups).
 
@@ -361,7 +366,9 @@ def split(
     tags = TAGS + batch_row * length
 
     origin = tl.load(_int64s(KEYS, 0))
-    zero = (origin >> 63).to(tl.int32)
+    # Zero, for `entries`; the detour over floats keeps it out of the uniform registers
+    both = tl.load(_int64s(KEYS, 0) + tl.arange(0, 2))
+    zero = tl.min(tl.minimum(both.to(tl.float32), 0.0), 0).to(tl.int32)
     turn = (origin % slots).to(tl.int32)
     written = tl.maximum(tl.load(_int64s(KEYS, 0) + 1), tl.load(_int64s(VALUES, 0) + 1)) - origin
     low = tl.maximum(first, 0)
@@ -409,7 +416,8 @@ def split(
     else:
         channel = _place_of_channel(tl.arange(0, VP), VP)
     at = (head * tl.num_programs(2) + group) * parts + share
-    other = PART + (at + shares) * ROWS * VP + r[None, :] * VP
+    own = PART + at * ROWS * VP + r[None, :] * VP
+    other = own + shares * ROWS * VP
     flushed = tl.full([ROWS], -float("inf"), tl.float32)  # what the other part is relative to
     flushes = 0
 
@@ -452,13 +460,20 @@ def split(
             if V_BITS != 16:
                 if tag_now // 128 != value_set:
                     if (value_set >= 0) & (value_set < v_sets):
+                        # Through memory, in small pieces: registers are for the loop below
                         relative = _exp(flushed - _finite_peak(peak), NATURAL)
-                        tl.debug_barrier()  # the sums before may have been written by other threads
+                        tl.store(own + channel[:, None], acc)
+                        tl.debug_barrier()
                         for block in tl.range(0, VP, 16):
                             c = block + tl.arange(0, 16)
-                            turned = _turn_back(acc, channel, c, VALUES, v_scales, value_set, head, heads, v_sets, VD)
+                            turned = tl.zeros([16, ROWS], tl.float32)
+                            for piece in tl.range(0, VP, 16):
+                                j = piece + tl.arange(0, 16)
+                                turned = _turn_back(tl.load(own + j[:, None]), j, c, turned, VD, PRECISION)
+                            turned /= _scale(VALUES, v_scales, value_set, c, head, heads, v_sets, VD)[:, None]
                             before = tl.load(other + c[:, None], mask=tl.broadcast_to(flushes > 0, turned.shape), other=0.0)
                             tl.store(other + c[:, None], before * relative[None, :] + turned)
+                        tl.debug_barrier()
                         flushed = _finite_peak(peak)
                         flushes += 1
                         acc = tl.zeros([VP, ROWS], tl.float32)
@@ -484,7 +499,7 @@ def split(
                 if K_BITS == 16:
                     raw = (KEYS + k_codes).to(tl.pointer_type(DTYPE)) + (head * slots + ring)[:, None] * KD + kc[None, :]
                     x = tl.load(raw, mask=mine[:, None] & (kc < KD)[None, :], other=0.0)
-                    s = tl.dot(x, q_high, input_precision="ieee")
+                    s = tl.dot(x, q_high, input_precision=PRECISION)
                     if DTYPE != tl.float32:
                         s = tl.dot(x, q_low, s)
                 else:
@@ -533,7 +548,7 @@ def split(
                     raw = (VALUES + v_codes).to(tl.pointer_type(DTYPE)) + (head * slots + ring)[:, None] * VD + vc[None, :]
                     x = tl.trans(tl.load(raw, mask=mine[:, None] & (vc < VD)[None, :], other=0.0))
                     p_high = p.to(DTYPE)
-                    acc = tl.dot(x, p_high, acc * alpha[None, :], input_precision="ieee")
+                    acc = tl.dot(x, p_high, acc * alpha[None, :], input_precision=PRECISION)
                     if DTYPE != tl.float32:
                         acc = tl.dot(x, (p - p_high.to(tl.float32)).to(DTYPE), acc)
                 else:
@@ -560,7 +575,7 @@ def split(
                     unit = top * (1 / (16256.0 * V_STEPS))
                     acc = acc * alpha[None, :] + (sum_high * 128 + sum_low).to(tl.float32) * unit[None, :]
 
-    tl.store(PART + at * ROWS * VP + r[None, :] * VP + channel[:, None], acc)
+    tl.store(own + channel[:, None], acc)
     tl.store(PEAKS + at * ROWS + r, peak)
     tl.store(PEAKS + (at + shares) * ROWS + r, flushed)
     tl.store(SUMS + at * ROWS + r, total)
@@ -613,7 +628,7 @@ def _copies(STATE, sinks, window, head, sink, at, D: tl.constexpr, DP: tl.conste
 @triton.jit
 def _stored(STATE, raw, codes, high, gains, epochs, means, scales, head, heads, sets, slot, wanted, slots, capacity,
             D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
-            KEY: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+            KEY: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Tokens of slots as the cache holds them, copies aside, float32 ``[n, DP]``; zeros where not `wanted`."""
     origin = tl.load(_int64s(STATE, 0))
     wanted &= (slot >= 0) & (slot < slots) & (slot < tl.load(_int64s(STATE, 0) + 1) - origin)
@@ -626,7 +641,7 @@ def _stored(STATE, raw, codes, high, gains, epochs, means, scales, head, heads, 
     number = tl.load(STATE + epochs + head // heads * capacity + ring, mask=wanted, other=255).to(tl.int32)
     return decode(
         STATE, codes, high, gains, means, scales, head, heads, sets, ring, number, capacity,
-        D, DP, CHANNELS, BITS, STEPS, KEY,
+        D, DP, CHANNELS, BITS, STEPS, KEY, PRECISION,
     )  # fmt: skip
 
 
@@ -643,7 +658,7 @@ def exact(
     VD: tl.constexpr, VP: tl.constexpr, V_CHANNELS: tl.constexpr, V_BITS: tl.constexpr, V_STEPS: tl.constexpr,
     V_SINKS: tl.constexpr, V_WINDOW: tl.constexpr,
     DTYPE: tl.constexpr, NEW: tl.constexpr, ROWS: tl.constexpr, MASK_KIND: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attends to tokens that have an exact copy of their key or value, and to the new ones.
 
@@ -677,9 +692,9 @@ def exact(
 
     COPIES: tl.constexpr = K_SINKS + K_WINDOW + V_SINKS + V_WINDOW
     listed = COPIES + tl.where(k_origin == v_origin, 0, length)
-    blocks = tl.where(share == 0, tl.cdiv(listed, 64), 0)
+    blocks = tl.where(share == 0, tl.cdiv(listed, 32), 0)
     for block in tl.range(0, blocks):
-        e = block * 64 + n
+        e = block * 32 + tl.arange(0, 32)
         # The position that an entry of the list stands for: sinks and window of the keys, then of the values. The
         # first entry of a position counts.
         sink_k = (e < K_SINKS)
@@ -710,8 +725,8 @@ def exact(
         valid &= ~(window_k & (k_sink >= 0))
         valid &= ~((f >= 0) & ((k_sink >= 0) | (k_at >= 0)))
         valid &= ~(window_v & (v_sink >= 0))
-        for token in tl.range(0, tokens):
-            valid &= tl.load(COLUMNS + token) != column
+        for other in tl.range(0, tokens):
+            valid &= tl.load(COLUMNS + other) != column
         packed = (e >= COPIES) & (e < listed)
         tag = tl.load(TAGS + batch_row * length + e - COPIES, mask=packed, other=_ELSEWHERE)
         valid = (valid & ~packed) | (packed & (tag >= 0))
@@ -721,9 +736,9 @@ def exact(
             if tl.sum(lacking.to(tl.int32), 0) > 0:
                 x += _stored(
                     KEYS, k_raw, k_codes, k_high, k_gains, k_epochs, k_means, k_scales, head, heads, k_sets, slot, lacking,
-                    slots, capacity, KD, KP, K_CHANNELS, K_BITS, K_STEPS, True, DTYPE,
+                    slots, capacity, KD, KP, K_CHANNELS, K_BITS, K_STEPS, True, DTYPE, PRECISION,
                 )  # fmt: skip
-            s = tl.dot(x, q.to(tl.float32), input_precision="ieee") * scale
+            s = tl.dot(x, q.to(tl.float32), input_precision=PRECISION) * scale
             s = _logits(
                 s, MASK, batch_row, kv_head, query, in_group, column, valid, real, softcap,
                 m_sb, m_sh, m_sq, m_sl, MASK_KIND, SOFTCAP, NATURAL,
@@ -733,14 +748,14 @@ def exact(
             if tl.sum(lacking.to(tl.int32), 0) > 0:
                 x += _stored(
                     VALUES, v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, head, heads, v_sets, slot, lacking,
-                    slots, capacity, VD, VP, V_CHANNELS, V_BITS, V_STEPS, False, DTYPE,
+                    slots, capacity, VD, VP, V_CHANNELS, V_BITS, V_STEPS, False, DTYPE, PRECISION,
                 )  # fmt: skip
             new_peak = tl.maximum(peak, tl.max(s, 0))
             safe = _finite_peak(new_peak)
             alpha = _exp(peak - safe, NATURAL)
             p = _exp(s - safe[None, :], NATURAL)
             total = total * alpha + tl.sum(p, 0)
-            acc = tl.dot(tl.trans(x), p, acc * alpha[None, :], input_precision="ieee")
+            acc = tl.dot(tl.trans(x), p, acc * alpha[None, :], input_precision=PRECISION)
             peak = new_peak
 
     blocks = tl.cdiv(tokens, 64)
@@ -750,7 +765,7 @@ def exact(
         valid = column >= 0
         at = KEY + batch_row * k_sb + head % heads * k_sh + token.to(tl.int64)[:, None] * k_st + kc[None, :] * k_sc
         x = tl.load(at, mask=(token < tokens)[:, None] & (kc < KD)[None, :], other=0.0).to(NEW)
-        s = tl.dot(x, q.to(NEW), input_precision="ieee") * scale
+        s = tl.dot(x, q.to(NEW), input_precision=PRECISION) * scale
         s = _logits(
             s, MASK, batch_row, kv_head, query, in_group, column, valid, real, softcap,
             m_sb, m_sh, m_sq, m_sl, MASK_KIND, SOFTCAP, NATURAL,
@@ -763,7 +778,7 @@ def exact(
         at = VALUE + batch_row * v_sb + head % heads * v_sh + token.to(tl.int64)[:, None] * v_st + vc[None, :] * v_sc
         x = tl.trans(tl.load(at, mask=valid[:, None] & (vc < VD)[None, :], other=0.0).to(NEW))
         p_high = p.to(NEW)
-        acc = tl.dot(x, p_high, acc * alpha[None, :], input_precision="ieee")
+        acc = tl.dot(x, p_high, acc * alpha[None, :], input_precision=PRECISION)
         if NEW != tl.float32:
             acc = tl.dot(x, (p - p_high.to(tl.float32)).to(NEW), acc)
         peak = new_peak
@@ -798,7 +813,7 @@ def combine(
     PART, PEAKS, SUMS, SETS, SINK, VALUES, OUT,
     heads, queries, groups, parts, v_scales, v_sets,
     VD: tl.constexpr, VP: tl.constexpr, CODED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    HAS_SINK: tl.constexpr, NATURAL: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SINK: tl.constexpr, NATURAL: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Merges the parts and turns them back to the cache's basis. Grid: (batch * heads, row groups, blocks of channels).
 
@@ -828,7 +843,6 @@ def combine(
         total += _exp(sink - safe, NATURAL)
 
     c = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.arange(0, VP)
     out = tl.zeros([BLOCK, ROWS], tl.float32)
     STEP: tl.constexpr = 8
     lane = tl.arange(0, STEP)
@@ -845,20 +859,22 @@ def combine(
     if CODED:
         number = tl.min(tl.where(sets >= 0, sets, 2147483647), 0)
         while number < 2147483647:
-            acc = tl.zeros([VP, ROWS], tl.float32)
-            for begin in tl.range(0, parts, STEP):
-                which = begin + lane
-                own = tl.load(SETS + at + which, mask=which < parts, other=-1) == number
-                weight = tl.load(
-                    PEAKS + (at + which)[:, None] * ROWS + r[None, :], mask=own[:, None], other=-float("inf")
-                )
-                rows = (at + which)[:, None, None] * ROWS + r[None, None, :]
-                x = tl.load(
-                    PART + rows * VP + j[None, :, None],
-                    mask=tl.broadcast_to((weight > -float("inf"))[:, None, :], [STEP, VP, ROWS]), other=0.0,
-                )  # fmt: skip
-                acc += tl.sum(x * _exp(weight - safe[None, :], NATURAL)[:, None, :], 0)
-            out += _turn_back(acc, j, c, VALUES, v_scales, number, head, heads, v_sets, VD)
+            turned = tl.zeros([BLOCK, ROWS], tl.float32)
+            for piece in tl.range(0, VP, 32):
+                j = piece + tl.arange(0, 32)
+                acc = tl.zeros([32, ROWS], tl.float32)
+                for begin in tl.range(0, parts, STEP):
+                    which = begin + lane
+                    own = tl.load(SETS + at + which, mask=which < parts, other=-1) == number
+                    weight = tl.load(
+                        PEAKS + (at + which)[:, None] * ROWS + r[None, :], mask=own[:, None], other=-float("inf")
+                    )
+                    used = (weight > -float("inf"))[:, None, :] & (j < VP)[None, :, None]
+                    rows = (at + which)[:, None, None] * ROWS + r[None, None, :]
+                    x = tl.load(PART + rows * VP + j[None, :, None], mask=used, other=0.0)
+                    acc += tl.sum(x * _exp(weight - safe[None, :], NATURAL)[:, None, :], 0)
+                turned = _turn_back(acc, j, c, turned, VD, PRECISION)
+            out += turned / _scale(VALUES, v_scales, number, c, head, heads, v_sets, VD)[:, None]
             number = tl.min(tl.where(sets > number, sets, 2147483647), 0)
     out = tl.where((total == 0)[None, :], 0.0, out / total[None, :])
     to = ((head // heads * (heads * groups) + q_head) * queries + query) * VD
@@ -874,6 +890,7 @@ def dequantise(
     raw, codes, high, gains, epochs, means, scales, sinks, sink_positions, window, window_positions,
     D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
     SINKS: tl.constexpr, WINDOW: tl.constexpr, KEY: tl.constexpr, DTYPE: tl.constexpr, LIMIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The dense cache. Grid: (blocks of 64 slots, batch * heads). OUT: contiguous ``[batch, heads, slots, D]``."""
     head = tl.program_id(1).to(tl.int64)
@@ -883,7 +900,7 @@ def dequantise(
     inside = slot < slots
     x = _stored(
         STATE, raw, codes, high, gains, epochs, means, scales, head, heads, sets, slot, inside, slots, capacity,
-        D, DP, CHANNELS, BITS, STEPS, KEY, DTYPE,
+        D, DP, CHANNELS, BITS, STEPS, KEY, DTYPE, PRECISION,
     )  # fmt: skip
     if BITS != 16:
         x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)

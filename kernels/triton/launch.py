@@ -32,6 +32,9 @@ SHARE_TOKENS: Final = 256
 """A share of the tokens is at least so large."""
 
 _DTYPES: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_PRECISION: Final = {True: "tf32x3", False: "ieee"}
+"""Of products in float32: three in tf32 are as good; AMD's matrix units have float32."""
+
 _LOG2E: Final = math.log2(math.e)
 
 
@@ -141,6 +144,7 @@ def attend(
     folded_scale = scale if softcap is not None or natural else scale * _LOG2E
     masking = mask if mask is not None else query
     mode = {"SOFTCAP": softcap is not None, "NATURAL": natural}
+    precision = _PRECISION[ptx]
     capped = 0.0 if softcap is None else softcap
 
     tags = _scratch(query, batch, length, dtype=torch.int16)
@@ -165,7 +169,7 @@ def attend(
         wrap(kernels.fold)[(batch * heads, k.sets, row_groups)](
             query, key_state, folded, factors,
             heads, queries, groups, *query_strides, k.means, k.scales, k.sets, folded_scale,
-            D=k.dim, PLACES=k.places, WIDTH=k.width, ROWS=rows, STEPS=k.steps, BLOCK=16, num_warps=4,
+            D=k.dim, PLACES=k.places, WIDTH=k.width, ROWS=rows, STEPS=k.steps, BLOCK=16, PRECISION=precision, num_warps=4,
         )  # fmt: skip
     wrap(kernels.split)[(shares, batch * heads, row_groups)](
         query, key_state, value_state, masking, tags, folded, factors, part, peaks, sums, sets,
@@ -174,7 +178,7 @@ def attend(
         k.sets, v.sets, folded_scale, capped, parts,
         KD=k.dim, KP=k.padded, K_CHANNELS=k.channels, PLACES=k.places, K_BITS=k.bits,
         VD=v.dim, VP=v.padded, V_CHANNELS=v.channels, V_BITS=v.bits, V_STEPS=v.steps,
-        DTYPE=_DTYPES[key_form.dtype], ROWS=rows, MASK_KIND=0 if merged else kind, PTX=ptx, **mode,
+        DTYPE=_DTYPES[key_form.dtype], ROWS=rows, MASK_KIND=0 if merged else kind, PTX=ptx, PRECISION=precision, **mode,
         num_warps=1, num_stages=1,
     )  # fmt: skip
     alike = query.dtype == key.dtype == value.dtype
@@ -191,14 +195,14 @@ def attend(
         VD=v.dim, VP=v.padded, V_CHANNELS=v.channels, V_BITS=v.bits, V_STEPS=v.steps,
         V_SINKS=v.sink_count, V_WINDOW=v.window_size,
         DTYPE=_DTYPES[key_form.dtype], NEW=_DTYPES[query.dtype] if alike else tl.float32, ROWS=rows,
-        MASK_KIND=kind, **mode, num_warps=4, num_stages=1,
+        MASK_KIND=kind, PRECISION=precision, **mode, num_warps=8, num_stages=1,
     )  # fmt: skip
     channels = min(32, v.padded)
     wrap(kernels.combine)[(batch * heads, row_groups, v.padded // channels)](
         part, peaks, sums, sets, query if sink is None else sink, value_state, out,
         heads, queries, groups, parts, v.scales, v.sets,
         VD=v.dim, VP=v.padded, CODED=v.coded, ROWS=rows, PARTS=triton.next_power_of_2(parts),
-        HAS_SINK=sink is not None, NATURAL=natural, BLOCK=channels, num_warps=4, num_stages=1,
+        HAS_SINK=sink is not None, NATURAL=natural, BLOCK=channels, PRECISION=precision, num_warps=4, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -211,8 +215,9 @@ def dequantise(
     form: Format,
     *,
     wrap: Wrap = torch.library.wrap_triton,
+    ptx: bool = torch.version.hip is None,
 ) -> Tensor:
-    """`reference.dequantise`."""
+    """`reference.dequantise`; see `attend`."""
     batch, heads, slots = int(batch), int(heads), int(slots)
     s = _Side(form, form.layout(batch, heads, slots))
     out = torch.empty((batch, heads, slots, s.dim), dtype=form.dtype, device=state.device)
@@ -222,6 +227,6 @@ def dequantise(
         s.sinks, s.sink_positions, s.window, s.window_positions,
         D=s.dim, DP=s.padded, CHANNELS=s.channels, BITS=s.bits, STEPS=s.steps,
         SINKS=s.sink_count, WINDOW=s.window_size, KEY=form.role == "key", DTYPE=_DTYPES[form.dtype],
-        LIMIT=torch.finfo(form.dtype).max, num_warps=4, num_stages=1,
+        LIMIT=torch.finfo(form.dtype).max, PRECISION=_PRECISION[ptx], num_warps=4, num_stages=1,
     )  # fmt: skip
     return out
