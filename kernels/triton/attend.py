@@ -602,9 +602,10 @@ def _find(STATE, positions, row, wanted, COUNT: tl.constexpr):
 def _find_in_window(STATE, positions, row, wanted, WINDOW: tl.constexpr):
     if WINDOW == 0:
         return tl.zeros_like(wanted).to(tl.int32) - 1
-    at = tl.maximum(wanted, 0) % WINDOW
-    hit = (wanted >= 0) & (tl.load(_int64s(STATE, positions) + row * WINDOW + at) == wanted)
-    return tl.where(hit, at, -1).to(tl.int32)
+    else:
+        at = tl.maximum(wanted, 0) % WINDOW
+        hit = (wanted >= 0) & (tl.load(_int64s(STATE, positions) + row * WINDOW + at) == wanted)
+        return tl.where(hit, at, -1).to(tl.int32)
 
 
 @triton.jit
@@ -638,11 +639,12 @@ def _stored(STATE, raw, codes, high, gains, epochs, means, scales, head, heads, 
         at = (head * slots + ring)[:, None] * D + c[None, :]
         base = (STATE + raw).to(tl.pointer_type(DTYPE))
         return tl.load(base + at, mask=wanted[:, None] & (c < D)[None, :], other=0.0).to(tl.float32)
-    number = tl.load(STATE + epochs + head // heads * capacity + ring, mask=wanted, other=255).to(tl.int32)
-    return decode(
-        STATE, codes, high, gains, means, scales, head, heads, sets, ring, number, capacity,
-        D, DP, CHANNELS, BITS, STEPS, KEY, PRECISION,
-    )  # fmt: skip
+    else:
+        number = tl.load(STATE + epochs + head // heads * capacity + ring, mask=wanted, other=255).to(tl.int32)
+        return decode(
+            STATE, codes, high, gains, means, scales, head, heads, sets, ring, number, capacity,
+            D, DP, CHANNELS, BITS, STEPS, KEY, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -220,8 +220,9 @@ def entry(code, BITS: tl.constexpr):
     """Codebook entries of single codes, int32."""
     if BITS == 8:
         return code - 128
-    HALF: tl.constexpr = 1 << (BITS - 1)
-    out = tl.zeros_like(code)
-    for i in tl.static_range(1 << (BITS - 1)):
-        out = tl.where((code == HALF + i) | (code == HALF - 1 - i), _POSITIVE[BITS][i], out)
-    return tl.where(code < HALF, -out, out)
+    else:
+        HALF: tl.constexpr = 1 << (BITS - 1)
+        out = tl.zeros_like(code)
+        for i in tl.static_range(1 << (BITS - 1)):
+            out = tl.where((code == HALF + i) | (code == HALF - 1 - i), _POSITIVE[BITS][i], out)
+        return tl.where(code < HALF, -out, out)
