@@ -158,7 +158,7 @@ def fold(
         mean = tl.load((KEYS + k_means).to(tl.pointer_type(tl.bfloat16)) + of_set + c, mask=c < D, other=0.0)
         constant += tl.sum(x * mean.to(tl.float32)[None, :], 1)
         inside = (c < D)[:, None] & (channel < D)[None, :]
-        matrix = rotation(c[:, None] + tl.zeros_like(channel)[None, :], channel[None, :] + tl.zeros_like(c)[:, None], D)
+        matrix = rotation(c[:, None], channel[None, :], D)
         matrix = tl.where(inside, matrix, 0.0)
         rotated = tl.dot(x / s.to(tl.float32)[None, :], matrix, rotated, input_precision=PRECISION)
     peak = tl.max(tl.abs(rotated), 1)
@@ -177,11 +177,11 @@ def fold(
 
 @triton.jit
 def decode(
-    STATE, codes, high, gains, means, scales, head, heads, sets, ring, number, capacity,
-    D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
+    STATE, codes, high, gains, means, scales, head, heads, sets, ring, number, capacity, c,
+    D: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
     KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tokens from their codes, float32 ``[tokens, DP]``.
+    """Channels `c` of tokens from their codes, float32 ``[tokens, channels]``.
 
     Args:
         ring: int64 ``[tokens]``, index along the slots.
@@ -194,8 +194,7 @@ def decode(
     gain = gain.to(tl.float32)
     coded &= gain >= 0
     planes = STATE + codes + head * capacity * (CHANNELS * WIDTH // 8)
-    c = tl.arange(0, DP)
-    x = tl.zeros([ring.shape[0], DP], tl.float32)
+    x = tl.zeros([ring.shape[0], c.shape[0]], tl.float32)
     for begin in tl.range(0, D, 32):
         j = begin + tl.arange(0, 32)
         mask = coded[:, None] & (j < D)[None, :]
@@ -204,7 +203,7 @@ def decode(
             bits = STATE + high + head * capacity * (CHANNELS // 8)
             code |= _code(bits, ring[:, None], j[None, :], mask, CHANNELS, 1, KEY) << WIDTH
         y = tl.where(mask, entry(code, BITS).to(tl.float32), 0.0)
-        matrix = rotation(c[None, :] + tl.zeros_like(j)[:, None], j[:, None] + tl.zeros_like(c)[None, :], D)
+        matrix = rotation(c[None, :], j[:, None], D)
         matrix = tl.where((j < D)[:, None] & (c < D)[None, :], matrix, 0.0)
         x = tl.dot(y, matrix, x, input_precision=PRECISION)
     inside = coded[:, None] & (c < D)[None, :]
@@ -235,8 +234,7 @@ def _code(PLANE, token, channel, mask, CHANNELS: tl.constexpr, WIDTH: tl.constex
 @triton.jit
 def _turn_back(sums, j, c, out, D: tl.constexpr, PRECISION: tl.constexpr):
     """Adds to `out` what places `j` of sums over values ``[j, rows]`` of one set are in channels `c`, scale aside."""
-    zero = tl.zeros_like(j)[None, :] + tl.zeros_like(c)[:, None]
-    matrix = rotation(c[:, None] + zero, j[None, :] + zero, D)
+    matrix = rotation(c[:, None], j[None, :], D)
     matrix = tl.where((c < D)[:, None] & (j < D)[None, :], matrix, 0.0)
     return tl.dot(matrix, sums, out, input_precision=PRECISION)
 
@@ -609,11 +607,10 @@ def _find_in_window(STATE, positions, row, wanted, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _copies(STATE, sinks, window, head, sink, at, D: tl.constexpr, DP: tl.constexpr,
+def _copies(STATE, sinks, window, head, sink, at, c, D: tl.constexpr,
             SINKS: tl.constexpr, WINDOW: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Exact copies, float32 ``[n, DP]``: of the sink of that index, or else of that index of the window, or zeros."""
-    c = tl.arange(0, DP)
-    x = tl.zeros([sink.shape[0], DP], tl.float32)
+    """Channels `c` of exact copies, float32 ``[n, channels]``: of the sink of that index, or else of that index of the window, or zeros."""
+    x = tl.zeros([sink.shape[0], c.shape[0]], tl.float32)
     if SINKS > 0:
         rows = (head * SINKS + sink)[:, None] * D + c[None, :]
         base = (STATE + sinks).to(tl.pointer_type(DTYPE))
@@ -627,23 +624,22 @@ def _copies(STATE, sinks, window, head, sink, at, D: tl.constexpr, DP: tl.conste
 
 
 @triton.jit
-def _stored(STATE, raw, codes, high, gains, epochs, means, scales, head, heads, sets, slot, wanted, slots, capacity,
-            D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
+def _stored(STATE, raw, codes, high, gains, epochs, means, scales, head, heads, sets, slot, wanted, slots, capacity, c,
+            D: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
             KEY: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Tokens of slots as the cache holds them, copies aside, float32 ``[n, DP]``; zeros where not `wanted`."""
+    """Channels `c` of slots as the cache holds them, copies aside, float32 ``[n, channels]``; zeros where not `wanted`."""
     origin = tl.load(_int64s(STATE, 0))
     wanted &= (slot >= 0) & (slot < slots) & (slot < tl.load(_int64s(STATE, 0) + 1) - origin)
     ring = (origin + tl.maximum(slot, 0)) % slots
     if BITS == 16:
-        c = tl.arange(0, DP)
         at = (head * slots + ring)[:, None] * D + c[None, :]
         base = (STATE + raw).to(tl.pointer_type(DTYPE))
         return tl.load(base + at, mask=wanted[:, None] & (c < D)[None, :], other=0.0).to(tl.float32)
     else:
         number = tl.load(STATE + epochs + head // heads * capacity + ring, mask=wanted, other=255).to(tl.int32)
         return decode(
-            STATE, codes, high, gains, means, scales, head, heads, sets, ring, number, capacity,
-            D, DP, CHANNELS, BITS, STEPS, KEY, PRECISION,
+            STATE, codes, high, gains, means, scales, head, heads, sets, ring, number, capacity, c,
+            D, CHANNELS, BITS, STEPS, KEY, PRECISION,
         )  # fmt: skip
 
 
@@ -680,11 +676,10 @@ def exact(
     query = row // groups
     in_group = row % groups
     real = query < queries
-    kc = tl.arange(0, KP)
+    K_STEP: tl.constexpr = 32 if KP > 32 else KP
     vc = tl.arange(0, VP)
     n = tl.arange(0, 64)
-    q_at = batch_row * q_sb + (kv_head + in_group) * q_sh + query * q_sq
-    q = tl.load(QUERY + q_at[None, :] + kc[:, None] * q_sc, mask=real[None, :] & (kc < KD)[:, None], other=0.0)
+    q_row = QUERY + (batch_row * q_sb + (kv_head + in_group) * q_sh + query * q_sq)[None, :]
     k_origin = tl.load(_int64s(KEYS, 0))
     v_origin = tl.load(_int64s(VALUES, 0))
 
@@ -733,24 +728,30 @@ def exact(
         tag = tl.load(TAGS + batch_row * length + e - COPIES, mask=packed, other=_ELSEWHERE)
         valid = (valid & ~packed) | (packed & (tag >= 0))
         if tl.sum(valid.to(tl.int32), 0) > 0:
-            x = _copies(KEYS, k_sinks, k_window, head, k_sink, k_at, KD, KP, K_SINKS, K_WINDOW, DTYPE)
             lacking = valid & (k_sink < 0) & (k_at < 0)
-            if tl.sum(lacking.to(tl.int32), 0) > 0:
-                x += _stored(
-                    KEYS, k_raw, k_codes, k_high, k_gains, k_epochs, k_means, k_scales, head, heads, k_sets, slot, lacking,
-                    slots, capacity, KD, KP, K_CHANNELS, K_BITS, K_STEPS, True, DTYPE, PRECISION,
-                )  # fmt: skip
-            s = tl.dot(x, q.to(tl.float32), input_precision=PRECISION) * scale
+            any_lacking = tl.sum(lacking.to(tl.int32), 0) > 0
+            s = tl.zeros([32, ROWS], tl.float32)
+            for begin in tl.range(0, KD, K_STEP):
+                kc = begin + tl.arange(0, K_STEP)
+                q = tl.load(q_row + kc[:, None] * q_sc, mask=real[None, :] & (kc < KD)[:, None], other=0.0)
+                x = _copies(KEYS, k_sinks, k_window, head, k_sink, k_at, kc, KD, K_SINKS, K_WINDOW, DTYPE)
+                if any_lacking:
+                    x += _stored(
+                        KEYS, k_raw, k_codes, k_high, k_gains, k_epochs, k_means, k_scales, head, heads, k_sets, slot,
+                        lacking, slots, capacity, kc, KD, K_CHANNELS, K_BITS, K_STEPS, True, DTYPE, PRECISION,
+                    )  # fmt: skip
+                s = tl.dot(x, q.to(tl.float32), s, input_precision=PRECISION)
+            s *= scale
             s = _logits(
                 s, MASK, batch_row, kv_head, query, in_group, column, valid, real, softcap,
                 m_sb, m_sh, m_sq, m_sl, MASK_KIND, SOFTCAP, NATURAL,
             )  # fmt: skip
-            x = _copies(VALUES, v_sinks, v_window, head, v_sink, v_at, VD, VP, V_SINKS, V_WINDOW, DTYPE)
+            x = _copies(VALUES, v_sinks, v_window, head, v_sink, v_at, vc, VD, V_SINKS, V_WINDOW, DTYPE)
             lacking = valid & (v_sink < 0) & (v_at < 0)
             if tl.sum(lacking.to(tl.int32), 0) > 0:
                 x += _stored(
                     VALUES, v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, head, heads, v_sets, slot, lacking,
-                    slots, capacity, VD, VP, V_CHANNELS, V_BITS, V_STEPS, False, DTYPE, PRECISION,
+                    slots, capacity, vc, VD, V_CHANNELS, V_BITS, V_STEPS, False, DTYPE, PRECISION,
                 )  # fmt: skip
             new_peak = tl.maximum(peak, tl.max(s, 0))
             safe = _finite_peak(new_peak)
@@ -765,9 +766,14 @@ def exact(
         token = block * 64 + n
         column = tl.load(COLUMNS + token, mask=token < tokens, other=-1)
         valid = column >= 0
-        at = KEY + batch_row * k_sb + head % heads * k_sh + token.to(tl.int64)[:, None] * k_st + kc[None, :] * k_sc
-        x = tl.load(at, mask=(token < tokens)[:, None] & (kc < KD)[None, :], other=0.0).to(NEW)
-        s = tl.dot(x, q.to(NEW), input_precision=PRECISION) * scale
+        at = KEY + batch_row * k_sb + head % heads * k_sh + token.to(tl.int64)[:, None] * k_st
+        s = tl.zeros([64, ROWS], tl.float32)
+        for begin in tl.range(0, KD, K_STEP):
+            kc = begin + tl.arange(0, K_STEP)
+            q = tl.load(q_row + kc[:, None] * q_sc, mask=real[None, :] & (kc < KD)[:, None], other=0.0)
+            x = tl.load(at + kc[None, :] * k_sc, mask=(token < tokens)[:, None] & (kc < KD)[None, :], other=0.0)
+            s = tl.dot(x.to(NEW), q.to(NEW), s, input_precision=PRECISION)
+        s *= scale
         s = _logits(
             s, MASK, batch_row, kv_head, query, in_group, column, valid, real, softcap,
             m_sb, m_sh, m_sq, m_sl, MASK_KIND, SOFTCAP, NATURAL,
@@ -901,14 +907,14 @@ def dequantise(
     c = tl.arange(0, DP)
     inside = slot < slots
     x = _stored(
-        STATE, raw, codes, high, gains, epochs, means, scales, head, heads, sets, slot, inside, slots, capacity,
-        D, DP, CHANNELS, BITS, STEPS, KEY, DTYPE, PRECISION,
+        STATE, raw, codes, high, gains, epochs, means, scales, head, heads, sets, slot, inside, slots, capacity, c,
+        D, CHANNELS, BITS, STEPS, KEY, DTYPE, PRECISION,
     )  # fmt: skip
     if BITS != 16:
         x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
     position = slot + tl.load(_int64s(STATE, 0))
     sink = _find(STATE, sink_positions, row, position, SINKS)
     at = _find_in_window(STATE, window_positions, row, position, WINDOW)
-    copy = _copies(STATE, sinks, window, head, sink, at, D, DP, SINKS, WINDOW, DTYPE)
+    copy = _copies(STATE, sinks, window, head, sink, at, c, D, SINKS, WINDOW, DTYPE)
     x = tl.where(((sink >= 0) | (at >= 0))[:, None], copy, x)
     tl.store(OUT + (head * slots + slot)[:, None] * D + c[None, :], x, mask=inside[:, None] & (c < D)[None, :])
