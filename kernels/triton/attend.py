@@ -195,8 +195,8 @@ def decode(
     coded &= gain >= 0
     planes = STATE + codes + head * capacity * (CHANNELS * WIDTH // 8)
     x = tl.zeros([ring.shape[0], c.shape[0]], tl.float32)
-    for begin in tl.range(0, D, 32):
-        j = begin + tl.arange(0, 32)
+    for begin in tl.range(0, D, 16):
+        j = begin + tl.arange(0, 16)
         mask = coded[:, None] & (j < D)[None, :]
         code = _code(planes, ring[:, None], j[None, :], mask, CHANNELS, WIDTH, KEY)
         if BITS == 3 or BITS == 5:

@@ -195,7 +195,8 @@ def attend(
         VD=v.dim, VP=v.padded, V_CHANNELS=v.channels, V_BITS=v.bits, V_STEPS=v.steps,
         V_SINKS=v.sink_count, V_WINDOW=v.window_size,
         DTYPE=_DTYPES[key_form.dtype], NEW=_DTYPES[query.dtype] if alike else tl.float32, ROWS=rows,
-        MASK_KIND=kind, PRECISION=precision, **mode, num_warps=8, num_stages=1,
+        MASK_KIND=kind, PRECISION=precision, **mode,
+        num_warps=8 if max(k.padded, v.padded) <= 128 else 16, num_stages=1,
     )  # fmt: skip
     channels = min(32, v.padded)
     wrap(kernels.combine)[(batch * heads, row_groups, v.padded // channels)](
