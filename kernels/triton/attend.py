@@ -689,9 +689,9 @@ def exact(
 
     COPIES: tl.constexpr = K_SINKS + K_WINDOW + V_SINKS + V_WINDOW
     listed = COPIES + tl.where(k_origin == v_origin, 0, length)
-    blocks = tl.where(share == 0, tl.cdiv(listed, 32), 0)
+    blocks = tl.where(share == 0, tl.cdiv(listed, 16), 0)
     for block in tl.range(0, blocks):
-        e = block * 32 + tl.arange(0, 32)
+        e = block * 16 + tl.arange(0, 16)
         # The position that an entry of the list stands for: sinks and window of the keys, then of the values. The
         # first entry of a position counts.
         sink_k = (e < K_SINKS)
@@ -730,7 +730,7 @@ def exact(
         if tl.sum(valid.to(tl.int32), 0) > 0:
             lacking = valid & (k_sink < 0) & (k_at < 0)
             any_lacking = tl.sum(lacking.to(tl.int32), 0) > 0
-            s = tl.zeros([32, ROWS], tl.float32)
+            s = tl.zeros([16, ROWS], tl.float32)
             for begin in tl.range(0, KD, K_STEP):
                 kc = begin + tl.arange(0, K_STEP)
                 q = tl.load(q_row + kc[:, None] * q_sc, mask=real[None, :] & (kc < KD)[:, None], other=0.0)
@@ -900,10 +900,10 @@ def dequantise(
     SINKS: tl.constexpr, WINDOW: tl.constexpr, KEY: tl.constexpr, DTYPE: tl.constexpr, LIMIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The dense cache. Grid: (blocks of 64 slots, batch * heads). OUT: contiguous ``[batch, heads, slots, D]``."""
+    """The dense cache. Grid: (blocks of 32 slots, batch * heads). OUT: contiguous ``[batch, heads, slots, D]``."""
     head = tl.program_id(1).to(tl.int64)
     row = head // heads
-    slot = tl.program_id(0).to(tl.int64) * 64 + tl.arange(0, 64)
+    slot = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)
     c = tl.arange(0, DP)
     inside = slot < slots
     x = _stored(

@@ -145,6 +145,8 @@ def attend(
     masking = mask if mask is not None else query
     mode = {"SOFTCAP": softcap is not None, "NATURAL": natural}
     precision = _PRECISION[ptx]
+    # Left to itself ptxas may spill for the sake of one more program on a multiprocessor.
+    limit = {"maxnreg": 224 if max(k.padded, v.padded) <= 128 else 255} if ptx else {}
     capped = 0.0 if softcap is None else softcap
 
     tags = _scratch(query, batch, length, dtype=torch.int16)
@@ -179,7 +181,7 @@ def attend(
         KD=k.dim, KP=k.padded, K_CHANNELS=k.channels, PLACES=k.places, K_BITS=k.bits,
         VD=v.dim, VP=v.padded, V_CHANNELS=v.channels, V_BITS=v.bits, V_STEPS=v.steps,
         DTYPE=_DTYPES[key_form.dtype], ROWS=rows, MASK_KIND=0 if merged else kind, PTX=ptx, PRECISION=precision, **mode,
-        num_warps=1, num_stages=1,
+        num_warps=1, num_stages=1, **limit,
     )  # fmt: skip
     alike = query.dtype == key.dtype == value.dtype
     wrap(kernels.exact)[(new_shares, batch * heads, row_groups)](
@@ -222,12 +224,12 @@ def dequantise(
     batch, heads, slots = int(batch), int(heads), int(slots)
     s = _Side(form, form.layout(batch, heads, slots))
     out = torch.empty((batch, heads, slots, s.dim), dtype=form.dtype, device=state.device)
-    wrap(kernels.dequantise)[(-(-slots // 64), batch * heads)](
+    wrap(kernels.dequantise)[(-(-slots // 32), batch * heads)](
         state, out, heads, slots, tiles.capacity(slots), s.sets,
         s.raw, s.codes, s.high, s.gains, s.epochs, s.means, s.scales,
         s.sinks, s.sink_positions, s.window, s.window_positions,
         D=s.dim, DP=s.padded, CHANNELS=s.channels, BITS=s.bits, STEPS=s.steps,
         SINKS=s.sink_count, WINDOW=s.window_size, KEY=form.role == "key", DTYPE=_DTYPES[form.dtype],
-        LIMIT=torch.finfo(form.dtype).max, PRECISION=_PRECISION[ptx], num_warps=4, num_stages=1,
+        LIMIT=torch.finfo(form.dtype).max, PRECISION=_PRECISION[ptx], num_warps=8, num_stages=1,
     )  # fmt: skip
     return out
