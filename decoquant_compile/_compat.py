@@ -27,8 +27,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._logging import _internal as torch_logging
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental import symbolic_shapes
 from torch.utils import _python_dispatch, _pytree
 from torch.utils._sympy.interp import sympy_interp

@@ -151,9 +151,12 @@ def fold(
     constant = tl.zeros([ROWS], tl.float32)
     for begin in tl.range(0, D, BLOCK):
         c = begin + tl.arange(0, BLOCK)
-        x = tl.load(
-            QUERY + base[:, None] + c[None, :] * q_sc, mask=(query < queries)[:, None] & (c < D)[None, :], other=0.0
-        ).to(tl.float32) * scale
+        x = (
+            tl.load(
+                QUERY + base[:, None] + c[None, :] * q_sc, mask=(query < queries)[:, None] & (c < D)[None, :], other=0.0
+            ).to(tl.float32)
+            * scale
+        )
         s = tl.load((KEYS + k_scales).to(tl.pointer_type(tl.bfloat16)) + of_set + c, mask=c < D, other=1.0)
         mean = tl.load((KEYS + k_means).to(tl.pointer_type(tl.bfloat16)) + of_set + c, mask=c < D, other=0.0)
         constant += tl.sum(x * mean.to(tl.float32)[None, :], 1)
@@ -167,7 +170,9 @@ def fold(
     limbs = two_limbs(tl.where(poison[:, None] == 0, rotated, 0.0), peak[:, None])
     at = ((head * tl.num_programs(2) + group) * sets + number) * ROWS
     limb = tl.arange(0, 2)[None, None, :]
-    tl.store(FOLDED + (at + tl.arange(0, ROWS)[:, None, None]) * 2 * PLACES + limb * PLACES + place[None, :, None], limbs)
+    tl.store(
+        FOLDED + (at + tl.arange(0, ROWS)[:, None, None]) * 2 * PLACES + limb * PLACES + place[None, :, None], limbs
+    )
     tl.store(FACTORS + at * 2 + tl.arange(0, ROWS), peak / (16256.0 * STEPS) + poison)
     tl.store(FACTORS + at * 2 + ROWS + tl.arange(0, ROWS), constant)
 
@@ -311,9 +316,7 @@ def _softcap(logits, softcap):
 
 
 @triton.jit
-def _masked(
-    logits, MASK, row, kv_head, query, head, column, admitted, m_sb, m_sh, m_sq, m_sl, MASK_KIND: tl.constexpr
-):
+def _masked(logits, MASK, row, kv_head, query, head, column, admitted, m_sb, m_sh, m_sq, m_sl, MASK_KIND: tl.constexpr):
     """Logits ``[columns, rows]`` under the mask. Kinds: 0 none, 1 bool, 2 additive."""
     if MASK_KIND == 0:
         return logits
@@ -402,7 +405,19 @@ def split(
                     z = tl.where(found[:, None], tl.zeros([ZEROS, ROWS], tl.float32), -float("inf"))
                     admitted = found[:, None] & real[None, :]
                     z = _masked(
-                        z, MASK, batch_row, kv_head, query, in_group, column, admitted, m_sb, m_sh, m_sq, m_sl, MASK_KIND
+                        z,
+                        MASK,
+                        batch_row,
+                        kv_head,
+                        query,
+                        in_group,
+                        column,
+                        admitted,
+                        m_sb,
+                        m_sh,
+                        m_sq,
+                        m_sl,
+                        MASK_KIND,
                     )
                     new_peak = tl.maximum(peak, tl.max(z, 0))
                     safe = _finite_peak(new_peak)
@@ -469,7 +484,9 @@ def split(
                                 j = piece + tl.arange(0, 16)
                                 turned = _turn_back(tl.load(own + j[:, None]), j, c, turned, VD, PRECISION)
                             turned /= _scale(VALUES, v_scales, value_set, c, head, heads, v_sets, VD)[:, None]
-                            before = tl.load(other + c[:, None], mask=tl.broadcast_to(flushes > 0, turned.shape), other=0.0)
+                            before = tl.load(
+                                other + c[:, None], mask=tl.broadcast_to(flushes > 0, turned.shape), other=0.0
+                            )
                             tl.store(other + c[:, None], before * relative[None, :] + turned)
                         tl.debug_barrier()
                         flushed = _finite_peak(peak)
@@ -495,10 +512,12 @@ def split(
 
                 # Scores
                 if K_BITS == 16:
-                    raw = (KEYS + k_codes).to(tl.pointer_type(DTYPE)) + (head * slots + ring)[:, None] * KD + kc[None, :]
+                    raw = (
+                        (KEYS + k_codes).to(tl.pointer_type(DTYPE)) + (head * slots + ring)[:, None] * KD + kc[None, :]
+                    )
                     x = tl.load(raw, mask=mine[:, None] & (kc < KD)[None, :], other=0.0)
                     s = tl.dot(x, q_high, input_precision=PRECISION)
-                    if DTYPE != tl.float32:
+                    if tl.float32 != DTYPE:
                         s = tl.dot(x, q_low, s)
                 else:
                     K_ROWS: tl.constexpr = K_CHANNELS * K_WIDTH // 32
@@ -543,11 +562,15 @@ def split(
                 # Weighted sum of the values
                 if V_BITS == 16:
                     vc = tl.arange(0, VP)
-                    raw = (VALUES + v_codes).to(tl.pointer_type(DTYPE)) + (head * slots + ring)[:, None] * VD + vc[None, :]
+                    raw = (
+                        (VALUES + v_codes).to(tl.pointer_type(DTYPE))
+                        + (head * slots + ring)[:, None] * VD
+                        + vc[None, :]
+                    )
                     x = tl.trans(tl.load(raw, mask=mine[:, None] & (vc < VD)[None, :], other=0.0))
                     p_high = p.to(DTYPE)
                     acc = tl.dot(x, p_high, acc * alpha[None, :], input_precision=PRECISION)
-                    if DTYPE != tl.float32:
+                    if tl.float32 != DTYPE:
                         acc = tl.dot(x, (p - p_high.to(tl.float32)).to(DTYPE), acc)
                 else:
                     gain = tl.load((VALUES + v_gains).to(tl.pointer_type(tl.float16)) + head * capacity + ring)
@@ -609,7 +632,7 @@ def _find_in_window(STATE, positions, row, wanted, WINDOW: tl.constexpr):
 @triton.jit
 def _copies(STATE, sinks, window, head, sink, at, c, D: tl.constexpr,
             SINKS: tl.constexpr, WINDOW: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Channels `c` of exact copies, float32 ``[n, channels]``: of the sink of that index, or else of that index of the window, or zeros."""
+    """Channels `c` of exact copies, float32 ``[n, channels]``: of a sink, else of the window, else zeros."""
     x = tl.zeros([sink.shape[0], c.shape[0]], tl.float32)
     if SINKS > 0:
         rows = (head * SINKS + sink)[:, None] * D + c[None, :]
@@ -627,7 +650,7 @@ def _copies(STATE, sinks, window, head, sink, at, c, D: tl.constexpr,
 def _stored(STATE, raw, codes, high, gains, epochs, means, scales, head, heads, sets, slot, wanted, slots, capacity, c,
             D: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
             KEY: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Channels `c` of slots as the cache holds them, copies aside, float32 ``[n, channels]``; zeros where not `wanted`."""
+    """Channels `c` of slots as held, copies aside, float32 ``[n, channels]``; zeros where not `wanted`."""
     origin = tl.load(_int64s(STATE, 0))
     wanted &= (slot >= 0) & (slot < slots) & (slot < tl.load(_int64s(STATE, 0) + 1) - origin)
     ring = (origin + tl.maximum(slot, 0)) % slots
@@ -648,8 +671,10 @@ def exact(
     QUERY, KEYS, VALUES, KEY, VALUE, COLUMNS, TAGS, MASK, PART, PEAKS, SUMS, SETS,
     heads, queries, groups, tokens, slots, capacity, first, length, scale, softcap, parts, part0,
     q_sb, q_sh, q_sq, q_sc, k_sb, k_sh, k_st, k_sc, v_sb, v_sh, v_st, v_sc, m_sb, m_sh, m_sq, m_sl,
-    k_raw, k_codes, k_high, k_gains, k_epochs, k_means, k_scales, k_sinks, k_sink_positions, k_window, k_window_positions,
-    v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, v_sinks, v_sink_positions, v_window, v_window_positions,
+    k_raw, k_codes, k_high, k_gains, k_epochs, k_means, k_scales,
+    k_sinks, k_sink_positions, k_window, k_window_positions,
+    v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales,
+    v_sinks, v_sink_positions, v_window, v_window_positions,
     k_sets, v_sets,
     KD: tl.constexpr, KP: tl.constexpr, K_CHANNELS: tl.constexpr, K_BITS: tl.constexpr, K_STEPS: tl.constexpr,
     K_SINKS: tl.constexpr, K_WINDOW: tl.constexpr,
@@ -676,7 +701,7 @@ def exact(
     query = row // groups
     in_group = row % groups
     real = query < queries
-    K_STEP: tl.constexpr = 32 if KP > 32 else KP
+    K_STEP: tl.constexpr = min(KP, 32)
     vc = tl.arange(0, VP)
     n = tl.arange(0, 64)
     q_row = QUERY + (batch_row * q_sb + (kv_head + in_group) * q_sh + query * q_sq)[None, :]
@@ -694,7 +719,7 @@ def exact(
         e = block * 16 + tl.arange(0, 16)
         # The position that an entry of the list stands for: sinks and window of the keys, then of the values. The
         # first entry of a position counts.
-        sink_k = (e < K_SINKS)
+        sink_k = e < K_SINKS
         window_k = (e >= K_SINKS) & (e < K_SINKS + K_WINDOW)
         f = e - (K_SINKS + K_WINDOW)
         sink_v = (f >= 0) & (f < V_SINKS)
@@ -702,7 +727,8 @@ def exact(
         label = tl.load(_int64s(KEYS, k_sink_positions) + batch_row * K_SINKS + e, mask=sink_k, other=-1)
         label = tl.where(
             window_k,
-            tl.load(_int64s(KEYS, k_window_positions) + batch_row * K_WINDOW + e - K_SINKS, mask=window_k, other=-1), label,
+            tl.load(_int64s(KEYS, k_window_positions) + batch_row * K_WINDOW + e - K_SINKS, mask=window_k, other=-1),
+            label,
         )  # fmt: skip
         label_v = tl.load(_int64s(VALUES, v_sink_positions) + batch_row * V_SINKS + f, mask=sink_v, other=-1)
         label_v = tl.where(
@@ -750,8 +776,8 @@ def exact(
             lacking = valid & (v_sink < 0) & (v_at < 0)
             if tl.sum(lacking.to(tl.int32), 0) > 0:
                 x += _stored(
-                    VALUES, v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, head, heads, v_sets, slot, lacking,
-                    slots, capacity, vc, VD, V_CHANNELS, V_BITS, V_STEPS, False, DTYPE, PRECISION,
+                    VALUES, v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, head, heads, v_sets, slot,
+                    lacking, slots, capacity, vc, VD, V_CHANNELS, V_BITS, V_STEPS, False, DTYPE, PRECISION,
                 )  # fmt: skip
             new_peak = tl.maximum(peak, tl.max(s, 0))
             safe = _finite_peak(new_peak)
@@ -787,7 +813,7 @@ def exact(
         x = tl.trans(tl.load(at, mask=valid[:, None] & (vc < VD)[None, :], other=0.0).to(NEW))
         p_high = p.to(NEW)
         acc = tl.dot(x, p_high, acc * alpha[None, :], input_precision=PRECISION)
-        if NEW != tl.float32:
+        if tl.float32 != NEW:
             acc = tl.dot(x, (p - p_high.to(tl.float32)).to(NEW), acc)
         peak = new_peak
 
@@ -858,7 +884,9 @@ def combine(
         which = begin + lane
         own = tl.load(SETS + at + which, mask=which < parts, other=0) == -1
         weight = tl.load(
-            PEAKS + (at + which)[:, None] * ROWS + r[None, :], mask=(own & (which < parts))[:, None], other=-float("inf")
+            PEAKS + (at + which)[:, None] * ROWS + r[None, :],
+            mask=(own & (which < parts))[:, None],
+            other=-float("inf"),
         )
         used = (weight > -float("inf"))[:, None, :] & (c < VD)[None, :, None]
         rows = (at + which)[:, None, None] * ROWS + r[None, None, :]

@@ -68,7 +68,7 @@ class Statistics:
 
     Attributes:
         registers: of a thread; for AMD vector registers.
-        spills: bytes that a thread spills (NVIDIA), or registers (AMD).
+        spills: bytes that a thread spills (NVIDIA), or vector registers (AMD).
         shared: bytes of shared memory of a program.
         warps: of a program.
         instructions: of the machine code by name, without modifiers, such as ``HMMA``; for NVIDIA also with those of
@@ -149,7 +149,7 @@ def _amd(compiled: CompiledKernel) -> Statistics:
     code = re.findall(r"^\s+((?:v|s|ds|buffer|global|flat|scratch)_\w+)", text, re.MULTILINE)
     return Statistics(
         registers=_number(r"\.vgpr_count:\s+(\d+)", text),
-        spills=_number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text),
+        spills=_number(r"\.vgpr_spill_count:\s+(\d+)", text),
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
         instructions=_count(code),

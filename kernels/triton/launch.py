@@ -1,8 +1,8 @@
 """Launches of the Triton kernels, with the arguments of `decoquant_compile.kernels.reference`.
 
-Nothing here looks at the contents of a tensor. `wrap` makes a kernel launchable: `torch.library.wrap_triton` where torch
-may be tracing (so Inductor sees the launches and places them), a `build.Build` to compile for a GPU that is not there,
-an interpreter in tests.
+Nothing here looks at the contents of a tensor. `wrap` makes a kernel launchable: `torch.library.wrap_triton` where
+torch may be tracing (so Inductor sees the launches and places them), a `build.Build` to compile for a GPU that is not
+there, an interpreter in tests.
 """
 
 import math
@@ -145,8 +145,10 @@ def attend(
     masking = mask if mask is not None else query
     mode = {"SOFTCAP": softcap is not None, "NATURAL": natural}
     precision = _PRECISION[ptx]
+    # One warp has no other to wait for, while its sums fit its registers.
+    warps = 1 if ptx and k.coded and v.coded and rows <= 8 and max(k.padded, v.padded) <= 128 else 4
     # Left to itself ptxas may spill for the sake of one more program on a multiprocessor.
-    limit = {"maxnreg": 224 if max(k.padded, v.padded) <= 128 else 255} if ptx else {}
+    limit = {"maxnreg": 224} if ptx else {}
     capped = 0.0 if softcap is None else softcap
 
     tags = _scratch(query, batch, length, dtype=torch.int16)
@@ -171,7 +173,8 @@ def attend(
         wrap(kernels.fold)[(batch * heads, k.sets, row_groups)](
             query, key_state, folded, factors,
             heads, queries, groups, *query_strides, k.means, k.scales, k.sets, folded_scale,
-            D=k.dim, PLACES=k.places, WIDTH=k.width, ROWS=rows, STEPS=k.steps, BLOCK=16, PRECISION=precision, num_warps=4,
+            D=k.dim, PLACES=k.places, WIDTH=k.width, ROWS=rows, STEPS=k.steps, BLOCK=16,
+            PRECISION=precision, num_warps=4,
         )  # fmt: skip
     wrap(kernels.split)[(shares, batch * heads, row_groups)](
         query, key_state, value_state, masking, tags, folded, factors, part, peaks, sums, sets,
@@ -181,7 +184,7 @@ def attend(
         KD=k.dim, KP=k.padded, K_CHANNELS=k.channels, PLACES=k.places, K_BITS=k.bits,
         VD=v.dim, VP=v.padded, V_CHANNELS=v.channels, V_BITS=v.bits, V_STEPS=v.steps,
         DTYPE=_DTYPES[key_form.dtype], ROWS=rows, MASK_KIND=0 if merged else kind, PTX=ptx, PRECISION=precision, **mode,
-        num_warps=1, num_stages=1, **limit,
+        num_warps=warps, num_stages=1, **limit,
     )  # fmt: skip
     alike = query.dtype == key.dtype == value.dtype
     wrap(kernels.exact)[(new_shares, batch * heads, row_groups)](
@@ -198,7 +201,7 @@ def attend(
         V_SINKS=v.sink_count, V_WINDOW=v.window_size,
         DTYPE=_DTYPES[key_form.dtype], NEW=_DTYPES[query.dtype] if alike else tl.float32, ROWS=rows,
         MASK_KIND=kind, PRECISION=precision, **mode,
-        num_warps=8 if max(k.padded, v.padded) <= 128 else 16, num_stages=1,
+        num_warps=8, num_stages=1,
     )  # fmt: skip
     channels = min(32, v.padded)
     wrap(kernels.combine)[(batch * heads, row_groups, v.padded // channels)](

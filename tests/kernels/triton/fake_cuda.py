@@ -1,7 +1,7 @@
 """What Inductor makes of a rewritten model for a CUDA device that is not there; prints the wrapper it generates.
 
-Run in a process of its own: torch is made to believe in the device, and stays so. Nothing can run: the tensors are fake,
-and the generated module is printed instead of loaded.
+Run in a process of its own: torch is made to believe in the device, and stays so. Nothing can run: the tensors are
+fake, and the generated module is printed instead of loaded.
 """
 
 import contextlib
@@ -145,9 +145,10 @@ def model(x, positions, mask, *tensors):
 
 def main(dynamic):
     install()  # before the first torch.compile
-    import decoquant_compile  # noqa: F401
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    import decoquant_compile  # noqa: F401
 
     width = HEADS * GROUPS * HEAD_DIM
 
