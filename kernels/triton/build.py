@@ -46,7 +46,7 @@ class Build:
         return _Launch(self, kernel)
 
 
-class _Launch(KernelInterface):  # type: ignore[type-arg,misc]
+class _Launch(KernelInterface):
     def __init__(self, build: Build, kernel: JITFunction) -> None:
         self.build, self.kernel = build, kernel
 

@@ -133,12 +133,12 @@ def attend(
     new_shares = max(1, min(8, tokens // 256))
     parts = 2 * shares + new_shares
 
-    kind, merged, strides = 0, False, (0, 0, 0, 0)
+    kind, strides = 0, [0, 0, 0, 0]
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
-        strides = tuple(0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride(), strict=False))
-        strides = (*strides, mask.stride(3))
-        merged = kind == 1 and strides[1] == strides[2] == 0
+        strides = [0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride(), strict=False)]
+        strides.append(mask.stride(3))
+    merged = kind == 1 and strides[1] == strides[2] == 0
     natural = kind == 2  # in units of log 2 the least number would become -inf
     scale = k.dim**-0.5 if scale is None else scale
     folded_scale = scale if softcap is not None or natural else scale * _LOG2E
