@@ -456,6 +456,12 @@ def inline_when_traced(name: str, body: Callable[..., Any], library: torch.libra
     torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=library)
 
 
+def pack_launch(kernel: Any, backend: Any, options: Mapping[str, Any], bound: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Options, signature, constants and attributes that a launch of a Triton kernel is compiled for (Triton 3.8)."""
+    packed: tuple[Any, ...] = kernel._pack_args(backend, options, *bound)
+    return packed
+
+
 ATEN_KERNELS = {"fallback_by_default": True, "selective_decompose": True}
 """Configuration with which Inductor calls ATen's kernels instead of generating C++: a graph compiles in a third of the
 time, and what is ours in it (operators, aliasing, symbolic sizes, order of reads and writes) is the same."""

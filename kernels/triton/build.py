@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, KernelInterface, create_function_from_signature
 
+from decoquant_compile._compat import pack_launch
+
 TARGETS: Final[Mapping[str, GPUTarget]] = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -55,7 +57,7 @@ class _Launch(KernelInterface):
         backend = make_backend(build.target)
         kwargs |= {**build.options, "debug": False, "instrumentation_mode": ""}
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        options, signature, constants, attributes = kernel._pack_args(backend, kwargs, *bind(*args, **kwargs))
+        options, signature, constants, attributes = pack_launch(kernel, backend, kwargs, bind(*args, **kwargs))
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=build.target, options=options.__dict__)
         build.kernels.append(compiled)
