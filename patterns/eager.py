@@ -738,6 +738,7 @@ _SAME_PLACES = {
     aten.detach.default,
     aten._to_copy.default,
     aten.to.dtype,
+    aten.type_as.default,
     aten.expand.default,
     aten.slice.Tensor,
 }

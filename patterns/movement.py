@@ -216,6 +216,7 @@ MOVEMENT: dict[object, _Rule] = {
     aten.lift_fresh_copy.default: _keep,
     aten._to_copy.default: _cast,
     aten.to.dtype: _cast,
+    aten.type_as.default: _cast,
     aten.view.default: _regroup,
     aten._unsafe_view.default: _regroup,
     aten.reshape.default: _regroup,
