@@ -259,7 +259,7 @@ def encode(
     power = tl.sum(balanced * priced, 1)
     inner = tl.sum(entry * priced, 1)
     norm = tl.sum(entry * entry * price, 1)
-    near = inner * inner >= LEAST_SQUARED_COSINE * power * norm
+    near = inner * inner >= power * LEAST_SQUARED_COSINE * norm
     if KEY:
         wanted = tl.div_rn(power, tl.maximum(inner, TINY))
     else:
@@ -279,7 +279,7 @@ def weights_of(energy, HEAD_DIM: tl.constexpr):
     """`codec.weights` ``[HEADS, SIZE]``, bfloat16."""
     average = tl.broadcast_to(_mean_of_channels(energy, HEAD_DIM), energy.shape)
     relative = tl.where(average > 0, tl.div_rn(energy, tl.maximum(average, TINY)), 1.0)
-    return (QUERY_SHARE * relative + IDENTITY_SHARE).to(tl.bfloat16)
+    return (relative * QUERY_SHARE + IDENTITY_SHARE).to(tl.bfloat16)
 
 
 @triton.jit
@@ -295,8 +295,8 @@ def fit(mean, variance, weight, HEAD_DIM: tl.constexpr, KEY: tl.constexpr):
     else:
         centre = tl.zeros_like(mean).to(tl.bfloat16)
     middle = centre.to(tl.float32)
-    spread = tl.maximum(variance + _rounded((mean - middle) * (mean - middle)), CONSTANT_FLOOR * (middle * middle))
-    floor = tl.maximum(BALANCE_FLOOR * tl.max(spread, 1), TINY)[:, None]
+    spread = tl.maximum(variance + _rounded((mean - middle) * (mean - middle)), (middle * middle) * CONSTANT_FLOOR)
+    floor = tl.maximum(tl.max(spread, 1) * BALANCE_FLOOR, TINY)[:, None]
     deviation = tl.sqrt_rn(tl.maximum(spread, floor))
     if KEY:
         root = tl.sqrt_rn(deviation)
