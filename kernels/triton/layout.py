@@ -61,7 +61,7 @@ def sections(
         rows, plane 0, plane 1, gains, epochs, means, scales, average, deviation, weights, energy, sinks (bytes),
         sink positions, window (bytes), window positions. The header lies at `state` itself.
     """
-    rows_of = batch.to(tl.int64) * heads
+    rows_of = tl.cast(batch, tl.int64) * heads
     kept = padded_slots(slots)
     channels = rows_of * HEAD_DIM
     words = rows_of * kept * PADDED // 8  # bytes of a plane that is one bit wide
@@ -71,7 +71,7 @@ def sections(
     plane1 = _after(plane0, words * plane_width(BITS, 0))
     gains = _after(plane1, words * plane_width(BITS, 1))
     epochs = _after(gains, rows_of * kept * 2)
-    means = _after(epochs, batch.to(tl.int64) * kept)
+    means = _after(epochs, tl.cast(batch, tl.int64) * kept)
     scales = _after(means, set_bytes * KEY)
     average = _after(scales, set_bytes)
     deviation = _after(average, channels * 4)
