@@ -65,6 +65,26 @@ def _rounded(x):
 
 
 @triton.jit
+def divide(a, b):
+    """The quotient as IEEE 754 rounds it, of ordinary numbers: no detour for those whose reciprocal or remainder is not.
+
+    `tl.div_rn` has one, and calls to it from everywhere keep registers from being used.
+    """
+    inverse = 1.0 / b
+    inverse = tl.fma(tl.fma(-b, inverse, 1.0), inverse, inverse)
+    quotient = a * inverse
+    quotient = tl.fma(tl.fma(-b, quotient, a), inverse, quotient)
+    return tl.fma(tl.fma(-b, quotient, a), inverse, quotient)
+
+
+@triton.jit
+def _root(x):
+    """The square root as IEEE 754 rounds it, of ordinary positive numbers."""
+    root = tl.sqrt(x)
+    return tl.fma(tl.fma(-root, root, x), 0.5 / root, root)
+
+
+@triton.jit
 def _clamp(x, limit):
     return tl.minimum(tl.maximum(x, -limit), limit)
 
@@ -158,7 +178,7 @@ def _nearest(y, radius, BITS: tl.constexpr):
         z = _clamp(z, 127.0) + ROUNDER - ROUNDER
         return (z + 128.0).to(tl.int32), z * (1 / 32)
     else:
-        z = tl.div_rn(y, tl.broadcast_to(radius, y.shape))
+        z = divide(y, radius)
         code = tl.zeros_like(z).to(tl.int32)
         entry = tl.full(z.shape, ENTRIES[2**BITS - 4], tl.float32)
         for i in tl.static_range(2**BITS - 1):
@@ -191,10 +211,10 @@ def _shape(
         y1, y2 = _halves(y, N, SIZE)
         p, q = _halves(price, HEADS, SIZE)
         total = p + q
-        price1 = tl.div_rn(2 * p * q, total)
+        price1 = divide(2 * p * q, total)
         code1, entry1 = _shape(y1, price1, radius, cosines, N, HEADS, HALF, RUN, RUN_PADDED, LEAF, BITS)
         error = _butterflies(y1 - _rounded(entry1 * radius), N, HALF, RUN_PADDED)
-        passed = per_token(tl.div_rn(p - q, total) * (1 / HALF), N, HEADS, SIZE // 2)
+        passed = per_token(divide(p - q, total) * (1 / HALF), N, HEADS, SIZE // 2)
         if RUN > 1:
             error = _times_runs(error, tl.trans(cosines), N, HALF, RUN_PADDED) * passed
             error = _times_runs(error, cosines, N, HALF, RUN_PADDED)
@@ -235,7 +255,7 @@ def encode(
     else:
         cosines = 0.0
     least = tl.min(tl.where(valid, scale, float("inf")), 1)[:, None]
-    relative = tl.div_rn(tl.broadcast_to(least, scale.shape), scale)
+    relative = divide(least, scale)
     price = relative * relative
     if KEY:
         price *= weight
@@ -278,7 +298,7 @@ def _mean_of_channels(x, HEAD_DIM: tl.constexpr):
 def weights_of(energy, HEAD_DIM: tl.constexpr):
     """`codec.weights` ``[HEADS, SIZE]``, bfloat16."""
     average = tl.broadcast_to(_mean_of_channels(energy, HEAD_DIM), energy.shape)
-    relative = tl.where(average > 0, tl.div_rn(energy, tl.maximum(average, TINY)), 1.0)
+    relative = tl.where(average > 0, divide(energy, tl.maximum(average, TINY)), 1.0)
     return (relative * QUERY_SHARE + IDENTITY_SHARE).to(tl.bfloat16)
 
 
@@ -297,13 +317,13 @@ def fit(mean, variance, weight, HEAD_DIM: tl.constexpr, KEY: tl.constexpr):
     middle = centre.to(tl.float32)
     spread = tl.maximum(variance + _rounded((mean - middle) * (mean - middle)), (middle * middle) * CONSTANT_FLOOR)
     floor = tl.maximum(tl.max(spread, 1) * BALANCE_FLOOR, TINY)[:, None]
-    deviation = tl.sqrt_rn(tl.maximum(spread, floor))
+    deviation = _root(tl.maximum(spread, floor))
     if KEY:
-        root = tl.sqrt_rn(deviation)
-        deviation = root * tl.sqrt_rn(root)
-    balance = tl.div_rn(tl.full(spread.shape, 1.0, tl.float32), deviation)
+        root = _root(deviation)
+        deviation = root * _root(root)
+    balance = divide(1.0, deviation)
     if KEY:
-        balance *= tl.sqrt_rn(tl.sqrt_rn(tl.sqrt_rn(weight)))
+        balance *= _root(_root(_root(weight)))
     power = _mean_of_channels(spread * (balance * balance), HEAD_DIM)
-    norm = tl.div_rn(tl.full(power.shape, 1.0, tl.float32), tl.sqrt_rn(tl.maximum(power, TINY)))
+    norm = divide(1.0, _root(tl.maximum(power, TINY)))
     return centre, tl.where(power > 0, balance * norm, 1.0).to(tl.bfloat16)

@@ -119,7 +119,7 @@ def _write_plane(
     BYTE_LANES: tl.constexpr = 8 // WIDTH
     MASK: tl.constexpr = 2**WIDTH - 1
     part = (codes >> SHIFT) & MASK
-    words = plane + head.to(tl.int64) * padded_slots(slots) * (PADDED * WIDTH // 32)
+    words = plane + head.to(tl.int64) * (padded_slots(slots) * (PADDED * WIDTH) // 32)
     if KEY:  # a word belongs to one token
         CHANNELS: tl.constexpr = 4 * BYTE_LANES
         ROWS: tl.constexpr = SIZE // CHANNELS

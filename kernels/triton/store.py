@@ -25,7 +25,7 @@ from torch import Tensor
 
 from decoquant_compile.kernels import codec, reference, tiles
 from decoquant_compile.kernels.format import NO_EPOCH, Format
-from decoquant_compile.kernels.triton.encode import LIMIT, column_channels, encode, fit, weights_of
+from decoquant_compile.kernels.triton.encode import LIMIT, column_channels, divide, encode, fit, weights_of
 from decoquant_compile.kernels.triton.layout import padded_slots, sections, write_codes
 
 Launch = Callable[[Any], Any]
@@ -34,8 +34,9 @@ Launch = Callable[[Any], Any]
 # Fields of a row of the plan, int64; the slots of pending copies and the flags of the tokens follow.
 (
     ORIGIN, VALID, ACTIVE, END, START, SET, TOTAL, FITTED, COUNT, SEEN, ADDED, BEGIN, FIT, FIRST, PADDING_COUNT, PAD,
-) = map(tl.constexpr, range(16))  # fmt: skip
-FIELDS = tl.constexpr(16)
+    SLOT, PLACE,
+) = map(tl.constexpr, range(18))  # fmt: skip
+FIELDS = tl.constexpr(18)
 
 # Flags of a token
 KEPT = tl.constexpr(1)  # stored; the other flags are for kept tokens only
@@ -59,6 +60,27 @@ def _finite(x, LARGE: tl.constexpr):
     x = tl.where(x == x, x, 0.0)
     x = tl.where(x == float("inf"), LARGE, x)
     return tl.where(x == float("-inf"), -LARGE, x)
+
+
+@triton.jit
+def _advanced(index, distance, size):
+    """Index `distance` further in a ring; both are below its size. Divisions of 64 bits are calls, which cost."""
+    index += distance
+    return tl.where(index >= size, index - size, index)
+
+
+@triton.jit
+def _origin_index(origin, size):
+    """Where the origin stands in the ring of slots, or of the window, int32."""
+    return (origin % tl.maximum(size, 1)).to(tl.int32)
+
+
+@triton.jit
+def _distance(position, origin, slots):
+    """Slot of an absolute position, int32, and whether there is one; 0 if not."""
+    distance = position - origin
+    there = (distance >= 0) & (distance < slots)
+    return tl.where(there, distance, 0).to(tl.int32), there
 
 
 @triton.jit
@@ -181,7 +203,7 @@ def find_owners(POSITIONS, ROWS, OWNERS, STATE, tokens, slots, shift, rows_b, ro
     t = tl.program_id(1) * N + tl.arange(0, N)
     position, kept = _kept(POSITIONS, ROWS, b, t, tokens, slots, rows_b, rows_t)
     origin = tl.load(STATE.to(tl.pointer_type(tl.int64))) + shift
-    slot = (origin + tl.maximum(position, 0)) % slots
+    slot = _advanced(_origin_index(origin, slots), tl.where(kept, position, 0).to(tl.int32), slots)
     tl.atomic_max(OWNERS + b * owners_b + slot, t, mask=kept, sem="relaxed")
 
 
@@ -222,8 +244,10 @@ def look_at_tokens(
     b = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * N + tl.arange(0, N)
     position, kept = _kept(POSITIONS, ROWS, b, t, tokens, slots, rows_b, rows_t)
-    absolute = tl.load(STATE.to(tl.pointer_type(tl.int64))) + shift + tl.maximum(position, 0)
-    kept &= tl.load(OWNERS + b * owners_b + absolute % slots, mask=kept, other=-1) == t
+    distance = tl.where(kept, position, 0).to(tl.int32)
+    origin = tl.load(STATE.to(tl.pointer_type(tl.int64))) + shift
+    slot = _advanced(_origin_index(origin, slots), distance, slots)
+    kept &= tl.load(OWNERS + b * owners_b + slot, mask=kept, other=-1) == t
     flags = _look(
         NEW, QUERY, b, t, kept, heads, new_b, new_h, new_t, new_d, query_heads, query_b, query_h, query_t, query_d,
         HEAD_DIM, SIZE, LARGE, N, 1,
@@ -231,8 +255,8 @@ def look_at_tokens(
     flags = tl.where(kept, flags + KEPT, 0)
     tl.store(PLAN + b * plan_b + FIELDS + window + sinks + t, flags.to(tl.int64), mask=t < tokens)
     if window > 0:
-        place = slots + absolute % window
-        tl.atomic_max(OWNERS + b * owners_b + place, t, mask=(flags & (KEPT + NONZERO)) == KEPT + NONZERO, sem="relaxed")
+        place = (_origin_index(origin, window) + distance) % window
+        tl.atomic_max(OWNERS + b * owners_b + slots + place, t, mask=(flags & (KEPT + NONZERO)) == KEPT + NONZERO, sem="relaxed")
 
 
 @triton.jit
@@ -269,6 +293,74 @@ def find_admitted(
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
+
+
+@triton.jit
+def _list_pending(
+    OWNERS,
+    b,
+    owners_b,
+    origin,
+    start,
+    heads,
+    slots,
+    sinks,
+    window,
+    gains,
+    epochs,
+    sink_positions,
+    window_positions,
+    pending_slots,
+    token_flags,
+    slot0,
+    place0,
+    one_slot,
+    one_place,
+    one_kept,
+    one_copied,
+    ONE: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_SINKS: tl.constexpr,
+):
+    """Writes the slots of copies without a code, -1 for others; whether the write would leave one without a copy."""
+    k = tl.arange(0, BLOCK_SINKS)
+    sink = start + k
+    distance, in_cache = _distance(sink, origin, slots)
+    in_cache &= k < sinks
+    giver = _owner(OWNERS, b, owners_b, _advanced(slot0, distance, slots), in_cache, one_slot, one_copied, ONE)
+    if not ONE:
+        flags = tl.load(token_flags + giver, mask=giver >= 0, other=0)
+        giver = tl.where((flags & NONZERO) != 0, giver, -1)
+    receives = giver >= 0
+    sinks_after = tl.where(receives, sink, tl.load(sink_positions + k, mask=k < sinks, other=-1))
+    lost = tl.zeros([], tl.int32)
+    for c0 in range(0, window + sinks, N):
+        c = c0 + tl.arange(0, N)
+        of_window = c < window
+        of_sinks = (c >= window) & (c < window + sinks)
+        label = tl.load(window_positions + c, mask=of_window, other=-1)
+        label = tl.where(of_window, label, tl.load(sink_positions + (c - window), mask=of_sinks, other=-1))
+        distance, there = _distance(label, origin, slots)
+        slot = _advanced(slot0, distance, slots)
+        owner = _owner(OWNERS, b, owners_b, slot, there, one_slot, one_kept, ONE)
+        pending = there & (owner < 0) & (tl.load(epochs + slot, mask=there, other=0) == _UNCODED)
+        pending &= _written(gains, b, heads, slot, pending, slots, N)
+        if ONE:
+            evicted = one_copied & (c == one_place)
+        else:
+            evicted = tl.load(OWNERS + b * owners_b + slots + c, mask=of_window, other=-1) >= 0
+        # What leaves the window may still be a sink. Sinks lose their place only when a sequence begins elsewhere,
+        # which is rare: they count as lost even if they are in the window as well.
+        stays = tl.max((label[:, None] == sinks_after[None, :]).to(tl.int32), 1) != 0
+        replaced = tl.max((((c - window)[:, None] == k[None, :]) & receives[None, :]).to(tl.int32), 1) != 0
+        evicted = tl.where(of_window, evicted & (~stays), replaced)
+        lost |= tl.max((pending & evicted).to(tl.int32), 0)
+        # A token that is in the window as well as among the sinks is encoded once.
+        place = (place0 + distance) % tl.maximum(window, 1)
+        twin = tl.load(window_positions + place, mask=of_sinks & pending & (window > 0), other=-1)
+        slot = tl.where(pending & (of_window | (twin != label)), slot, -1)
+        tl.store(pending_slots + c, slot.to(tl.int64), mask=c < window + sinks)
+    return lost
 
 
 @triton.jit
@@ -334,8 +426,7 @@ def plan_write(
         sink_positions, _window_tokens, window_positions,
     ) = sections(STATE, batch, heads, slots, sets, sinks, window, KEY, BITS, HEAD_DIM, PADDED, ITEM)  # fmt: skip
     header = STATE.to(tl.pointer_type(tl.int64))
-    origin_before = tl.load(header)
-    origin = origin_before + shift
+    origin = tl.load(header) + shift
     rows += b * 5
     sink_positions += b * sinks
     window_positions += b * window
@@ -343,7 +434,6 @@ def plan_write(
     plan = PLAN + b * plan_b
     pending_slots = plan + FIELDS
     token_flags = pending_slots + window + sinks
-    copies = window + sinks
 
     # Which tokens stay?
     highest = tl.full([], -1, tl.int64)
@@ -368,7 +458,10 @@ def plan_write(
         one_copied = writes & ((tl.max(flags, 0) & NONZERO) != 0)
     else:
         one_copied = writes
-    one_position = origin + tl.minimum(lowest, slots)
+    slot0 = _origin_index(origin, slots)
+    place0 = _origin_index(origin, window)
+    one_distance = tl.where(lowest < slots, lowest, 0).to(tl.int32)
+    one_slot = _advanced(slot0, one_distance, slots)
 
     # Does a sequence begin?
     start = tl.load(rows + 0)
@@ -398,7 +491,7 @@ def plan_write(
     # What is each token like?
     added = tl.zeros([], tl.int64)
     paddings = tl.zeros([], tl.int64)
-    uncovered = tl.zeros([], tl.int32)  # tokens that would have neither a code nor a copy
+    uncovered = tl.zeros([], tl.int32)  # whether a token would have neither a code nor a copy
     for t0 in range(0, tokens, N):
         t = t0 + tl.arange(0, N)
         position = tl.load(POSITIONS + t, mask=t < tokens, other=-1)
@@ -406,7 +499,8 @@ def plan_write(
             flags = tl.load(token_flags + t, mask=t < tokens, other=0).to(tl.int32)
         stored = (flags & KEPT) != 0
         copied = stored & ((flags & NONZERO) != 0)
-        absolute = origin + tl.maximum(position, 0)
+        distance = tl.where(stored, position, 0).to(tl.int32)
+        absolute = origin + distance
         padding = stored & (absolute < start)
         counted = copied & ((flags & ORDINARY) != 0) & (absolute >= start + SINKS)
         if MASK is not None:
@@ -419,60 +513,24 @@ def plan_write(
         place = absolute - start
         in_window = copied & (window > 0)
         if not ONE:
-            ring = slots + absolute % tl.maximum(window, 1)
-            in_window &= tl.load(OWNERS + b * owners_b + ring, mask=in_window, other=-1) == t
+            ring = (place0 + distance) % tl.maximum(window, 1)
+            in_window &= tl.load(OWNERS + b * owners_b + slots + ring, mask=in_window, other=-1) == t
         in_sinks = copied & (place >= 0) & (place < sinks)
         uncovered |= tl.max((copied & (~padding) & (~in_window) & (~in_sinks)).to(tl.int32), 0)
         added += tl.sum(counted.to(tl.int64), 0)
         paddings += tl.sum(padding.to(tl.int64), 0)
         described = (flags & 15) + tl.where(padding, PADDING, 0) + tl.where(counted, COUNTED, 0)
-        tl.store(token_flags + t, (absolute % slots) * FLAG_RANGE + described, mask=t < tokens)
+        slot = _advanced(slot0, distance, slots).to(tl.int64)
+        tl.store(token_flags + t, slot * FLAG_RANGE + described, mask=t < tokens)
 
-    # Would a token be left with neither a code nor a copy? Then the row needs its first fit.
     first_fit = tl.zeros([], tl.int32) != 0
     if writes & (fitted < 0):
-        k = tl.arange(0, BLOCK_SINKS)
-        sink = start + k
-        in_cache = (sink >= origin) & (sink < origin + slots) & (k < sinks)
-        owner = _owner(OWNERS, b, owners_b, tl.maximum(sink, 0) % slots, in_cache, one_position % slots, one_copied, ONE)
-        if not ONE:
-            owner_flags = tl.load(token_flags + owner, mask=owner >= 0, other=0)
-            owner = tl.where((owner_flags & NONZERO) != 0, owner, -1)
-        receives = owner >= 0
-        labels_after = tl.load(sink_positions + k, mask=k < sinks, other=-1)
-        labels_after = tl.where(receives, sink, labels_after)
-        for c0 in range(0, copies, BLOCK_COPIES):
-            c = c0 + tl.arange(0, BLOCK_COPIES)
-            of_window = c < window
-            label = tl.load(window_positions + c, mask=of_window, other=-1)
-            label = tl.where(
-                of_window, label, tl.load(sink_positions + c - window, mask=(~of_window) & (c < copies), other=-1)
-            )
-            there = label >= origin
-            slot = tl.maximum(label, 0) % slots
-            owner = _owner(OWNERS, b, owners_b, slot, there, one_position % slots, writes, ONE)
-            pending = there & (owner < 0) & (tl.load(epochs + slot, mask=there, other=0) == _UNCODED)
-            pending &= _written(gains, b, heads, slot, pending, slots, BLOCK_COPIES)
-            ring = one_position % tl.maximum(window, 1)
-            if ONE:
-                evicted = of_window & one_copied & (c == ring)
-            else:
-                evicted = of_window & (tl.load(OWNERS + b * owners_b + slots + c, mask=of_window, other=-1) >= 0)
-            # What leaves the window may still be a sink. Sinks lose their place only when a sequence begins elsewhere,
-            # which is rare: they count as lost even if they are in the window as well.
-            stays = tl.max((label[:, None] == labels_after[None, :]).to(tl.int32), 1) != 0
-            replaced = tl.max(((c - window)[:, None] == k[None, :]).to(tl.int32) * receives[None, :].to(tl.int32), 1) != 0
-            evicted = tl.where(of_window, evicted & (~stays), replaced)
-            uncovered |= tl.max((pending & evicted).to(tl.int32), 0)
-            # A token that is in the window as well as among the sinks is encoded once.
-            twin = tl.load(
-                window_positions + tl.maximum(label, 0) % tl.maximum(window, 1),
-                mask=(~of_window) & pending & (window > 0),
-                other=-1,
-            )
-            slot = tl.where(pending & (of_window | (twin != label)), slot, -1)
-            tl.store(pending_slots + c, slot, mask=c < copies)
-        first_fit = uncovered != 0
+        lost = _list_pending(
+            OWNERS, b, owners_b, origin, start, heads, slots, sinks, window, gains, epochs, sink_positions,
+            window_positions, pending_slots, token_flags, slot0, place0, one_slot,
+            (place0 + one_distance) % tl.maximum(window, 1), writes, one_copied, ONE, BLOCK_COPIES, BLOCK_SINKS,
+        )  # fmt: skip
+        first_fit = (uncovered | lost) != 0
 
     seen = count
     total += added
@@ -485,13 +543,14 @@ def plan_write(
         # A set is free if no token names it, those about to be overwritten aside.
         used = tl.zeros([BLOCK_SLOTS], tl.int64)
         for s0 in range(0, slots, BLOCK_SLOTS):
-            slot = s0 + tl.arange(0, BLOCK_SLOTS)
-            inside = slot < slots
-            freed = (slot + slots - origin_before % slots) % slots < shift
-            owner = _owner(OWNERS, b, owners_b, slot, inside, one_position % slots, writes, ONE)
-            epoch = tl.load(epochs + slot, mask=inside, other=_UNCODED).to(tl.int64)
+            index = s0 + tl.arange(0, BLOCK_SLOTS)
+            inside = index < slots
+            # Seen from the origin, what leaves the cache is behind the last slot.
+            freed = _advanced(slots - slot0, tl.where(inside, index, 0), slots) >= slots - shift
+            owner = _owner(OWNERS, b, owners_b, index, inside, one_slot, writes, ONE)
+            epoch = tl.load(epochs + index, mask=inside, other=_UNCODED).to(tl.int64)
             live = inside & (~freed) & (owner < 0) & (epoch < sets)
-            live &= _written(gains, b, heads, slot, live, slots, BLOCK_SLOTS)
+            live &= _written(gains, b, heads, index, live, slots, BLOCK_SLOTS)
             used |= tl.where(live, tl.full([BLOCK_SLOTS], 1, tl.int64) << tl.where(live, epoch, 0), 0)
         n = tl.arange(0, 64)
         taken = tl.max(((used[:, None] >> n[None, :].to(tl.int64)) & 1).to(tl.int32), 0)
@@ -520,6 +579,8 @@ def plan_write(
     tl.store(plan + FIRST, first_fit.to(tl.int64))
     tl.store(plan + PADDING_COUNT, paddings)
     tl.store(plan + PAD, pads.to(tl.int64))
+    tl.store(plan + SLOT, slot0.to(tl.int64))
+    tl.store(plan + PLACE, place0.to(tl.int64))
 
 
 # --------------------------------------------------------------------------------------------------- statistics and fit
@@ -530,8 +591,8 @@ def _merge(seen, average, deviation, added, mean, spread):
     """Adds `added` tokens to running statistics (Chan, Golub and LeVeque's pairwise update)."""
     total = tl.maximum(seen + added, 1.0)
     shift = tl.where(added > 0, mean - average, 0.0)
-    average += tl.div_rn(shift * added, tl.broadcast_to(total, shift.shape))
-    deviation += spread + tl.div_rn(shift * shift * (seen * added), tl.broadcast_to(total, shift.shape))
+    average += divide(shift * added, total)
+    deviation += spread + divide(shift * shift * (seen * added), total)
     return average, deviation
 
 
@@ -600,7 +661,7 @@ def _refit(
     """Fits to the statistics."""
     count = tl.load(plan + SEEN) + tl.load(plan + ADDED)
     count = tl.maximum(count, 1).to(tl.float32)
-    variance = tl.div_rn(deviation, tl.broadcast_to(count, deviation.shape))
+    variance = divide(deviation, count)
     weight = weights_of(energy, HEAD_DIM) if KEY else tl.full(energy.shape, 1.0, tl.bfloat16)
     return _adopt(
         plan, means, scales, weights, b, h, heads, sets, channel, mask, average, variance, weight, KEY, HEAD_DIM
@@ -608,14 +669,14 @@ def _refit(
 
 
 @triton.jit
-def _free_slots(gains, b, h, heads, slots, shift, origin, spared, N: tl.constexpr):
+def _free_slots(gains, b, h, heads, slots, shift, slot0, spared, N: tl.constexpr):
     """Slots that leave the cache as it moves, but for `spared`, were never written. ``h``: ``[heads, 1]``."""
     count = tl.minimum(shift, slots)
     kept = padded_slots(slots)
-    begin = (origin - shift) % slots
+    begin = _advanced(slot0, slots - count, slots)
     for i0 in range(0, count, N):
         i = i0 + tl.arange(0, N)[None, :]
-        slot = (begin + i) % slots
+        slot = _advanced(begin, tl.minimum(i, slots - 1), slots)
         at = (b * heads + h) * kept + slot
         tl.store(gains + at, tl.full(at.shape, -1.0, tl.float16), mask=(i < count) & (slot != spared) & (h < heads))
 
@@ -668,7 +729,7 @@ def sum_tokens(
         mask = counted[:, None] & (c < HEAD_DIM)[None, :]
         at = b * new_b + h * new_h + t[:, None].to(tl.int64) * new_t + c[None, :] * new_d
         x = tl.load(NEW + at, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.div_rn(tl.sum(x, 0), tl.broadcast_to(tl.maximum(added, 1.0), average.shape))
+        mean = divide(tl.sum(x, 0), tl.maximum(added, 1.0))
         distance = tl.where(mask, x - mean[None, :], 0.0)
         average, deviation = _merge(seen, average, deviation, added, mean, tl.sum(distance * distance, 0))
         seen += added
@@ -722,9 +783,9 @@ def fit_rows(
         _sink_positions, _window_tokens, _window_positions,
     ) = sections(STATE, batch, heads, slots, sets, sinks, window, KEY, BITS, HEAD_DIM, PADDED, ITEM)  # fmt: skip
     plan = PLAN + b * plan_b
-    origin = tl.load(plan + ORIGIN)
     if tl.load(plan + VALID) != 0:
-        _free_slots(gains, b, tl.full([1, 1], 0, tl.int64) + h, heads, slots, shift, origin, -1, BLOCK_SLOTS)
+        slot0 = tl.load(plan + SLOT).to(tl.int32)
+        _free_slots(gains, b, tl.full([1, 1], 0, tl.int64) + h, heads, slots, shift, slot0, -1, BLOCK_SLOTS)
     if tl.load(plan + ACTIVE) == 0:
         return
     channel = tl.arange(0, SIZE)[None, :]
@@ -767,7 +828,7 @@ def fit_rows(
             at = b * new_b + h * new_h + tl.cast(t, tl.int64) * new_t + channel * new_d
             x = _finite(tl.load(NEW + at, mask=mask & padding, other=0.0).to(tl.float32), LARGE)
             x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
-            x = tl.div_rn(x, tl.broadcast_to(count, x.shape))
+            x = divide(x, count)
             mean += x
             power += x * x * count
         _adopt(
@@ -955,6 +1016,7 @@ def _label(
     """Labels of the copies, the row's fields and the header."""
     origin = tl.load(plan + ORIGIN)
     start = tl.load(plan + START)
+    slot0 = tl.load(plan + SLOT).to(tl.int32)
     for c0 in range(0, window + sinks, N):
         c = c0 + tl.arange(0, N)
         of_window = c < window
@@ -963,19 +1025,16 @@ def _label(
         at_sinks = sink_positions + b * sinks + (c - window)
         label = tl.load(at_window, mask=of_window, other=-1)
         label = tl.where(of_window, label, tl.load(at_sinks, mask=of_sinks, other=-1))
-        there = label >= origin
-        owner = _owner(OWNERS, b, owners_b, tl.maximum(label, 0) % slots, there, one_slot, one_kept, ONE)
+        distance, there = _distance(label, origin, slots)
+        owner = _owner(OWNERS, b, owners_b, _advanced(slot0, distance, slots), there, one_slot, one_kept, ONE)
         label = tl.where(owner >= 0, -1, label)
-        sink = start + (c - window)
         owner = _copy_owner(plan, OWNERS, b, c, origin, start, slots, sinks, window, owners_b, one_slot, one_copied, ONE)
-        # The token of slot s has the one position from the origin on that is s modulo the slots.
         if ONE:
-            slot = tl.zeros([N], tl.int64) + one_slot
+            slot = tl.full([N], 0, tl.int32) + one_slot
         else:
             token = plan + FIELDS + window + sinks + owner
-            slot = tl.load(token, mask=owner >= 0, other=0) // FLAG_RANGE
-        position = origin + (slot + slots - origin % slots) % slots
-        label = tl.where(owner >= 0, tl.where(of_window, position, sink), label)
+            slot = (tl.load(token, mask=owner >= 0, other=0) // FLAG_RANGE).to(tl.int32)
+        label = tl.where(owner >= 0, origin + _advanced(slots - slot0, slot, slots), label)
         tl.store(at_window, label, mask=of_window)
         tl.store(at_sinks, label, mask=of_sinks)
     rows += b * 5
@@ -993,11 +1052,14 @@ def _copy_owner(
     """The token of which the copy ``c [N]``, window before sinks, is to be made; -1: none."""
     of_window = c < window
     sink = start + (c - window)
-    in_cache = (c >= window) & (c < window + sinks) & (sink >= origin) & (sink < origin + slots)
-    owner = _owner(OWNERS, b, owners_b, tl.maximum(sink, 0) % slots, in_cache, one_slot, one_copied, ONE)
+    distance, in_cache = _distance(sink, origin, slots)
+    in_cache &= (c >= window) & (c < window + sinks)
+    slot0 = tl.load(plan + SLOT).to(tl.int32)
+    owner = _owner(OWNERS, b, owners_b, _advanced(slot0, distance, slots), in_cache, one_slot, one_copied, ONE)
     if ONE:
-        position = origin + (one_slot + slots - origin % slots) % slots
-        in_window = tl.where((c == position % tl.maximum(window, 1)) & one_copied, 0, -1)
+        one_distance = _advanced(slots - slot0, one_slot, slots)
+        place = (tl.load(plan + PLACE).to(tl.int32) + one_distance) % tl.maximum(window, 1)
+        in_window = tl.where((c == place) & one_copied, 0, -1)
     else:
         token = plan + FIELDS + window + sinks + owner
         flags = tl.load(token, mask=owner >= 0, other=0)
@@ -1132,7 +1194,8 @@ def write_one(
     origin = tl.load(plan + ORIGIN)
     entry = tl.load(plan + FIELDS + window + sinks)
     active = tl.load(plan + ACTIVE) != 0
-    one_slot = entry // FLAG_RANGE
+    one_slot = (entry // FLAG_RANGE).to(tl.int32)
+    slot0 = tl.load(plan + SLOT).to(tl.int32)
     kept = active & ((entry & KEPT) != 0)
     copied = kept & ((entry & NONZERO) != 0)
     channel, valid = column_channels(ORDER * RUN_PADDED, RUN, RUN_PADDED)
@@ -1140,7 +1203,7 @@ def write_one(
     if shift > 0:
         if tl.load(plan + VALID) != 0:
             spared = tl.where(kept, one_slot, -1)
-            _free_slots(gains, b, h, heads, slots, shift, origin, spared, BLOCK_SLOTS)
+            _free_slots(gains, b, h, heads, slots, shift, slot0, spared, BLOCK_SLOTS)
     if h0 == 0:
         _advance(STATE, plan, b)
     if not active:
@@ -1199,10 +1262,11 @@ def write_one(
 
     # Copies, once all of the program has read those before them
     tl.debug_barrier()
-    position = origin + (one_slot + slots - origin % slots) % slots
-    place = position - tl.load(plan + START)
+    distance = _advanced(slots - slot0, one_slot, slots)
+    place = origin + distance - tl.load(plan + START)
     if window > 0:
-        at = ((b * heads + h) * window + position % window) * HEAD_DIM + channel
+        at = (b * heads + h) * window + (tl.load(plan + PLACE).to(tl.int32) + distance) % window
+        at = at * HEAD_DIM + channel
         tl.store(window_tokens + at, x.to(dtype), mask=mask & copied)
     at = ((b * heads + h) * sinks + place) * HEAD_DIM + channel
     tl.store(sink_tokens + at, x.to(dtype), mask=mask & copied & (place >= 0) & (place < sinks))
@@ -1231,6 +1295,7 @@ def plan_raw(STATE, PLAN, POSITIONS, slots, tokens, shift, N: tl.constexpr):
     tl.store(PLAN + VALID, valid.to(tl.int64))
     tl.store(PLAN + ACTIVE, (valid & (highest >= 0)).to(tl.int64))
     tl.store(PLAN + END, tl.maximum(tl.load(header + 1), origin + highest + 1))
+    tl.store(PLAN + SLOT, _origin_index(origin, slots).to(tl.int64))
 
 
 @triton.jit
@@ -1265,34 +1330,34 @@ def write_raw(
         _advance(STATE, PLAN, b)
     if tl.load(PLAN + VALID) == 0:
         return
-    origin = tl.load(PLAN + ORIGIN)
+    slot0 = tl.load(PLAN + SLOT).to(tl.int32)
     dtype = NEW.dtype.element_ty
     # The header and the rows of the batch, of 40 bytes, lie before it.
     raw = (STATE + 64 + (batch * 40 + 63) // 64 * 64).to(tl.pointer_type(dtype)) + (b * heads + h) * slots * HEAD_DIM
     d = tl.arange(0, SIZE)[None, :]
     if ONE:
         position, kept = _kept(POSITIONS, ROWS, b, tl.arange(0, 1), tokens, slots, rows_b, rows_t)
-        one_slot = (origin + tl.max(position, 0)) % slots
         one_kept = tl.max(kept.to(tl.int32), 0) != 0
+        one_slot = _advanced(slot0, tl.max(tl.where(kept, position, 0), 0).to(tl.int32), slots)
     else:
-        one_slot = origin
+        one_slot = slot0
         one_kept = False
     count = tl.minimum(shift, slots)
-    begin = (origin - shift) % slots
+    begin = _advanced(slot0, slots - count, slots)
     for i0 in range(tl.program_id(2) * N, count, tl.num_programs(2) * N):
         i = i0 + tl.arange(0, N)
-        slot = (begin + i) % slots
+        slot = _advanced(begin, tl.minimum(i, slots - 1), slots)
         owner = _owner(OWNERS, b, owners_b, slot, i < count, one_slot, one_kept, ONE)
         mask = ((i < count) & (owner < 0))[:, None] & (d < HEAD_DIM)
-        tl.store(raw + slot[:, None] * HEAD_DIM + d, tl.zeros([N, SIZE], dtype), mask=mask)
+        tl.store(raw + slot[:, None].to(tl.int64) * HEAD_DIM + d, tl.zeros([N, SIZE], dtype), mask=mask)
     t = tl.program_id(2) * N + tl.arange(0, N)
     position, kept = _kept(POSITIONS, ROWS, b, t, tokens, slots, rows_b, rows_t)
-    slot = (origin + tl.maximum(position, 0)) % slots
+    slot = _advanced(slot0, tl.where(kept, position, 0).to(tl.int32), slots)
     if not ONE:
         kept &= tl.load(OWNERS + b * owners_b + slot, mask=kept, other=-1) == t
     mask = kept[:, None] & (d < HEAD_DIM)
     at = b * new_b + h * new_h + t[:, None].to(tl.int64) * new_t + d * new_d
-    tl.store(raw + slot[:, None] * HEAD_DIM + d, tl.load(NEW + at, mask=mask, other=0.0), mask=mask)
+    tl.store(raw + slot[:, None].to(tl.int64) * HEAD_DIM + d, tl.load(NEW + at, mask=mask, other=0.0), mask=mask)
 
 
 # -------------------------------------------------------------------------------------------------------------- launch
