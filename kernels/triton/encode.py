@@ -173,7 +173,7 @@ def _joined(a, b, N: tl.constexpr, SIZE: tl.constexpr):
 def _nearest(y, radius, BITS: tl.constexpr):
     """Codes of the nearest entries, int32, and these entries."""
     if BITS == 8:
-        z = y * tl.div_rn(32.0 + tl.zeros_like(radius), radius)
+        z = y * (divide(1.0, radius) * 32.0)
         z = tl.where(z == z, z, 0.0)  # zero times the infinity of a radius too small
         z = _clamp(z, 127.0) + ROUNDER - ROUNDER
         return (z + 128.0).to(tl.int32), z * (1 / 32)
@@ -269,7 +269,8 @@ def encode(
         size = tl.max(tl.abs(y), 1) * (32 / 127)
     else:
         power = tl.sum(_rounded(y * y), 1)
-        size = tl.sqrt_rn(tl.div_rn(power, tl.full(power.shape, HEAD_DIM, tl.float32)))
+        power = divide(power, HEAD_DIM * 1.0)
+        size = tl.where(power > 0, _root(power), 0.0)
     radius = tl.maximum(size * SPREADS[BITS], TINY)[:, None]
     codes, entry = _shape(y, price, radius, cosines, N, HEADS, ORDER, RUN, RUN_PADDED, LEAF, BITS)
 
@@ -281,17 +282,16 @@ def encode(
     norm = tl.sum(entry * entry * price, 1)
     near = inner * inner >= power * LEAST_SQUARED_COSINE * norm
     if KEY:
-        wanted = tl.div_rn(power, tl.maximum(inner, TINY))
+        wanted = divide(power, tl.maximum(inner, TINY))
     else:
-        wanted = tl.sqrt_rn(tl.div_rn(power, tl.maximum(norm, TINY)))
-    gain = tl.where(near, wanted, tl.div_rn(inner, tl.maximum(norm, TINY)))
+        wanted = _root(divide(power, tl.maximum(norm, TINY)))
+    gain = tl.where(near, wanted, divide(inner, tl.maximum(norm, TINY)))
     return codes, tl.minimum(tl.where(inner > 0, gain, 0.0), GAIN_MAX)
 
 
 @triton.jit
 def _mean_of_channels(x, HEAD_DIM: tl.constexpr):
-    total = tl.sum(x, 1)[:, None]
-    return tl.div_rn(total, tl.full(total.shape, HEAD_DIM, tl.float32))
+    return divide(tl.sum(x, 1), HEAD_DIM * 1.0)[:, None]
 
 
 @triton.jit

@@ -325,9 +325,9 @@ def _list_pending(
     """Writes the slots of copies without a code, -1 for others; whether the write would leave one without a copy."""
     k = tl.arange(0, BLOCK_SINKS)
     sink = start + k
-    distance, in_cache = _distance(sink, origin, slots)
+    sink_distance, in_cache = _distance(sink, origin, slots)
     in_cache &= k < sinks
-    giver = _owner(OWNERS, b, owners_b, _advanced(slot0, distance, slots), in_cache, one_slot, one_copied, ONE)
+    giver = _owner(OWNERS, b, owners_b, _advanced(slot0, sink_distance, slots), in_cache, one_slot, one_copied, ONE)
     if not ONE:
         flags = tl.load(token_flags + giver, mask=giver >= 0, other=0)
         giver = tl.where((flags & NONZERO) != 0, giver, -1)
@@ -420,13 +420,15 @@ def plan_write(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Decides what a write does to a row of the batch."""
+    header = STATE.to(tl.pointer_type(tl.int64))
+    origin = tl.load(header) + shift
+    slot0 = _origin_index(origin, slots)
+    place0 = _origin_index(origin, window)
     b = tl.program_id(0).to(tl.int64)
     (
         rows, _plane0, _plane1, gains, epochs, _means, _scales, _average, _deviation, _weights, _energy, _sink_tokens,
         sink_positions, _window_tokens, window_positions,
     ) = sections(STATE, batch, heads, slots, sets, sinks, window, KEY, BITS, HEAD_DIM, PADDED, ITEM)  # fmt: skip
-    header = STATE.to(tl.pointer_type(tl.int64))
-    origin = tl.load(header) + shift
     rows += b * 5
     sink_positions += b * sinks
     window_positions += b * window
@@ -458,8 +460,6 @@ def plan_write(
         one_copied = writes & ((tl.max(flags, 0) & NONZERO) != 0)
     else:
         one_copied = writes
-    slot0 = _origin_index(origin, slots)
-    place0 = _origin_index(origin, window)
     one_distance = tl.where(lowest < slots, lowest, 0).to(tl.int32)
     one_slot = _advanced(slot0, one_distance, slots)
 
@@ -552,10 +552,9 @@ def plan_write(
             live = inside & (~freed) & (owner < 0) & (epoch < sets)
             live &= _written(gains, b, heads, index, live, slots, BLOCK_SLOTS)
             used |= tl.where(live, tl.full([BLOCK_SLOTS], 1, tl.int64) << tl.where(live, epoch, 0), 0)
-        n = tl.arange(0, 64)
-        taken = tl.max(((used[:, None] >> n[None, :].to(tl.int64)) & 1).to(tl.int32), 0)
-        free = tl.min(tl.where((taken == 0) & (n < sets), n, 64), 0)
-        target = tl.where(free < 64, free, -1).to(tl.int64)
+        for n in range(0, sets):
+            taken = tl.max(((used >> n) & 1).to(tl.int32), 0) != 0
+            target = tl.where((target < 0) & (~taken), n, target)
     fits = wanted & (target >= 0)
     fitted = tl.where(fits, total, tl.where(first_fit, 0, fitted))
     # What follows may be of another kind: the past counts half as much with each fit.
@@ -1508,7 +1507,7 @@ def store(
         launch(write_one)[batch, triton.cdiv(heads, blocks.heads)](
             state, plan, new, query, *sizes, shift, plan_b, *new.stride(), query_heads // heads, at_query[0],
             at_query[1], at_query[3], H=blocks.heads, BLOCK_SLOTS=blocks.slots, BLOCK_COPIES=blocks.copies, **coding,
-            **common, num_warps=1,
+            **common, num_warps=2,
         )  # fmt: skip
         return
     runs = triton.cdiv(tokens, blocks.summed * blocks.tiles)
