@@ -79,9 +79,9 @@ def divide(a, b):
 
 @triton.jit
 def _root(x):
-    """The square root as IEEE 754 rounds it, of ordinary positive numbers."""
+    """The square root as IEEE 754 rounds it, of ordinary numbers and zero."""
     root = tl.sqrt(x)
-    return tl.fma(tl.fma(-root, root, x), 0.5 / root, root)
+    return tl.where(x > 0, tl.fma(tl.fma(-root, root, x), 0.5 / root, root), 0.0)
 
 
 @triton.jit
@@ -269,8 +269,7 @@ def encode(
         size = tl.max(tl.abs(y), 1) * (32 / 127)
     else:
         power = tl.sum(_rounded(y * y), 1)
-        power = divide(power, HEAD_DIM * 1.0)
-        size = tl.where(power > 0, _root(power), 0.0)
+        size = _root(divide(power, HEAD_DIM * 1.0))
     radius = tl.maximum(size * SPREADS[BITS], TINY)[:, None]
     codes, entry = _shape(y, price, radius, cosines, N, HEADS, ORDER, RUN, RUN_PADDED, LEAF, BITS)
 

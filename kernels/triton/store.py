@@ -28,8 +28,8 @@ from decoquant_compile.kernels.format import NO_EPOCH, Format
 from decoquant_compile.kernels.triton.encode import LIMIT, column_channels, divide, encode, fit, weights_of
 from decoquant_compile.kernels.triton.layout import padded_slots, sections, write_codes
 
-Launch = Callable[[Any], Any]
-"""Makes ``kernel[grid](...)`` a launch: the identity, `torch.library.wrap_triton`, an interpreter, a build."""
+Wrap = Callable[[Any], Any]
+"""Makes a kernel launchable: `torch.library.wrap_triton`, an interpreter, a build."""
 
 # Fields of a row of the plan, int64; the slots of pending copies and the flags of the tokens follow.
 (
@@ -64,15 +64,25 @@ def _finite(x, LARGE: tl.constexpr):
 
 @triton.jit
 def _advanced(index, distance, size):
-    """Index `distance` further in a ring; both are below its size. Divisions of 64 bits are calls, which cost."""
+    """Index `distance` further in a ring; none of them is above its size."""
     index += distance
     return tl.where(index >= size, index - size, index)
 
 
 @triton.jit
 def _origin_index(origin, size):
-    """Where the origin stands in the ring of slots, or of the window, int32."""
-    return (origin % tl.maximum(size, 1)).to(tl.int32)
+    """Where the origin stands in the ring of slots, or of the window: ``origin % size``, int32.
+
+    A division of 64 bits is a call, around which the compiler spills: each step here leaves 2 ** -21 of the quotient.
+    """
+    size = tl.maximum(size, 1)
+    inverse = 1.0 / tl.cast(size, tl.float32)
+    rest = origin
+    for _ in tl.static_range(3):
+        rest -= (rest.to(tl.float32) * inverse).to(tl.int64) * size
+    for _ in tl.static_range(2):
+        rest = tl.where(rest < 0, rest + size, rest)
+    return tl.where(rest >= size, rest - size, rest).to(tl.int32)
 
 
 @triton.jit
@@ -1408,7 +1418,6 @@ def _broadcast(tensor: Tensor, dim: int) -> Any:
 
 
 def store(
-    launch: Launch,
     state: Tensor,
     new: Tensor,
     positions: Tensor,
@@ -1419,6 +1428,8 @@ def store(
     first: int,
     form: Format,
     rows: Tensor | None = None,
+    *,
+    wrap: Wrap = torch.library.wrap_triton,
     blocks: Blocks = _BLOCKS,
 ) -> None:
     """`reference.store` for what `unserved` does not name; other arguments are as there.
@@ -1427,13 +1438,14 @@ def store(
     does, it is reported.
 
     Args:
-        launch: see `Launch`.
+        wrap: see `Wrap`.
         blocks: sizes of tiles.
     """
     reference.check_write(new, positions, query, mask, rows, form)
     if shift < 0:
         raise ValueError(f"shift must not be negative, got {shift}: a cache only moves towards slot 0")
-    batch, heads, tokens, head_dim = new.shape
+    slots, shift, first = int(slots), int(shift), int(first)
+    batch, heads, tokens, head_dim = map(int, new.shape)
     new = new.to(form.dtype)
     one = tokens == 1
     size = triton.next_power_of_2(head_dim)
@@ -1444,14 +1456,14 @@ def store(
     if not one:
         owners_b = slots + window
         owners = torch.full((batch, owners_b), -1, dtype=torch.int32, device=state.device)
-        launch(find_owners)[batch, triton.cdiv(tokens, 256)](
+        wrap(find_owners)[batch, triton.cdiv(tokens, 256)](
             positions, rows, owners, state, tokens, slots, shift, *at_row, owners_b, N=256
         )
     if form.bits == 16:
         plan = torch.empty(FIELDS.value, dtype=torch.int64, device=state.device)
-        launch(plan_raw)[1,](state, plan, positions, slots, tokens, shift, N=1 if one else 1024)
+        wrap(plan_raw)[1,](state, plan, positions, slots, tokens, shift, N=1 if one else 1024)
         n = 1 if one else 16
-        launch(write_raw)[batch, heads, triton.cdiv(tokens, n)](
+        wrap(write_raw)[batch, heads, triton.cdiv(tokens, n)](
             state, plan, new, positions, rows, owners, batch, heads, slots, tokens, shift, owners_b, *new.stride(),
             *at_row, HEAD_DIM=head_dim, SIZE=size, ONE=one, N=n,
         )  # fmt: skip
@@ -1486,25 +1498,25 @@ def store(
         at_mask = (_broadcast(mask, 1), _broadcast(mask, 2), mask.shape[3], *strides)
         if not one and mask.numel():
             admitted = torch.empty((mask.shape[0], mask.shape[3]), dtype=torch.uint8, device=state.device)
-            launch(find_admitted)[mask.shape[0], triton.cdiv(mask.shape[3], 128)](
+            wrap(find_admitted)[mask.shape[0], triton.cdiv(mask.shape[3], 128)](
                 mask, admitted, mask.shape[3], *at_mask[:2], *strides, MASKED=masked, QUERIES=32, N=128
             )
             mask, masked = admitted, None
             at_mask = (1, 1, mask.shape[1], 0 if mask.shape[0] == 1 else mask.shape[1], 0, 0, 1)
     if not one:
-        launch(look_at_tokens)[batch, triton.cdiv(tokens, blocks.looked)](
+        wrap(look_at_tokens)[batch, triton.cdiv(tokens, blocks.looked)](
             state, plan, new, positions, query, rows, owners, heads, slots, sinks, window, tokens, shift, plan_b,
             owners_b, *new.stride(), query_heads, *at_query, *at_row, HEAD_DIM=head_dim, SIZE=size, LARGE=large,
             N=blocks.looked,
         )  # fmt: skip
-    launch(plan_write)[batch,](
+    wrap(plan_write)[batch,](
         state, plan, new, positions, query, mask, rows, owners, *sizes, tokens, shift, first, plan_b, owners_b,
         *new.stride(), query_heads, *at_query, *at_mask, *at_row, SINKS=form.sinks, SIZE=size, MASKED=masked, ONE=one,
         N=1 if one else 256, BLOCK_HEADS=8, BLOCK_COPIES=blocks.copies,
         BLOCK_SINKS=triton.next_power_of_2(max(1, sinks)), BLOCK_SLOTS=blocks.slots, BLOCK_COLUMNS=256, **common,
     )  # fmt: skip
     if one:
-        launch(write_one)[batch, triton.cdiv(heads, blocks.heads)](
+        wrap(write_one)[batch, triton.cdiv(heads, blocks.heads)](
             state, plan, new, query, *sizes, shift, plan_b, *new.stride(), query_heads // heads, at_query[0],
             at_query[1], at_query[3], H=blocks.heads, BLOCK_SLOTS=blocks.slots, BLOCK_COPIES=blocks.copies, **coding,
             **common, num_warps=2,
@@ -1512,18 +1524,18 @@ def store(
         return
     runs = triton.cdiv(tokens, blocks.summed * blocks.tiles)
     sums = torch.empty((batch, heads, runs, 4, head_dim), dtype=torch.float32, device=state.device)
-    launch(sum_tokens)[batch, heads, runs](
+    wrap(sum_tokens)[batch, heads, runs](
         plan, new, query, sums, heads, sinks, window, tokens, plan_b, *new.stride(), query_heads // heads, *at_query,
         HEAD_DIM=head_dim, SIZE=size, KEY=key, TILES=blocks.tiles, N=blocks.summed,
     )  # fmt: skip
-    launch(fit_rows)[batch, heads](
+    wrap(fit_rows)[batch, heads](
         state, plan, new, sums, *sizes, tokens, runs, shift, plan_b, *new.stride(), SIZE=size,
         BLOCK_SLOTS=blocks.slots, **common, num_warps=1,
     )  # fmt: skip
-    launch(write_tokens)[batch, heads, triton.cdiv(window + sinks + tokens, blocks.tokens)](
+    wrap(write_tokens)[batch, heads, triton.cdiv(window + sinks + tokens, blocks.tokens)](
         state, plan, new, *sizes, tokens, plan_b, *new.stride(), H=1, T=blocks.tokens, **coding, **common, num_warps=1
     )
-    launch(copy_tokens)[batch, heads](
+    wrap(copy_tokens)[batch, heads](
         state, plan, new, owners, *sizes, plan_b, owners_b, *new.stride(), SIZE=size, N=16, **common
     )
 
