@@ -1513,7 +1513,8 @@ def store(
         state, plan, new, positions, query, mask, rows, owners, *sizes, tokens, shift, first, plan_b, owners_b,
         *new.stride(), query_heads, *at_query, *at_mask, *at_row, SINKS=form.sinks, SIZE=size, MASKED=masked, ONE=one,
         N=1 if one else 256, BLOCK_HEADS=8, BLOCK_COPIES=blocks.copies,
-        BLOCK_SINKS=triton.next_power_of_2(max(1, sinks)), BLOCK_SLOTS=blocks.slots, BLOCK_COLUMNS=256, **common,
+        BLOCK_SINKS=triton.next_power_of_2(max(1, sinks)), BLOCK_SLOTS=blocks.slots, BLOCK_COLUMNS=256, num_warps=8,
+        **common,
     )  # fmt: skip
     if one:
         wrap(write_one)[batch, triton.cdiv(heads, blocks.heads)](
