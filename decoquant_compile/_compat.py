@@ -27,6 +27,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._logging import _internal as torch_logging
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.fx.experimental import symbolic_shapes
 from torch.utils import _python_dispatch, _pytree
@@ -431,6 +432,28 @@ def flash_attention_cpu(
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, sums = attention(query, key, value, attn_mask=mask, scale=scale)
     return out, sums
+
+
+def inline_when_traced(name: str, body: Callable[..., Any], library: torch.library.Library) -> None:
+    """Let a graph that is functionalised for a compiler have the body of an operator in the operator's place.
+
+    As `torch.library.triton_op` does (its own form would inline launches on every device, CPUs included).
+
+    Args:
+        name: qualified name of the operator.
+        body: takes the operator's arguments; returns NotImplemented where the operator stays as it is.
+        library: that defines the operator.
+    """
+
+    def rule(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if not kwargs:
+            with mode:
+                out = body(*args)
+            if out is not NotImplemented:
+                return out
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+
+    torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=library)
 
 
 ATEN_KERNELS = {"fallback_by_default": True, "selective_decompose": True}

@@ -10,7 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from decoquant_compile.kernels import cpu, reference
+from decoquant_compile._compat import inline_when_traced
+from decoquant_compile.kernels import cpu, reference, triton
 from decoquant_compile.kernels.format import Format
 
 _LIBRARY: Final = torch.library.Library("decoquant", "DEF")
@@ -93,6 +94,38 @@ def _native_or(portable: Callable[..., Any], method: str) -> Callable[..., Any]:
     return run
 
 
+def _attend_triton(*args: Any) -> Callable[..., Tensor] | None:
+    """Launches that do what `_attend` does with such arguments; they take how to wrap a kernel. None: there are none."""
+    query, _, _, key, value, *_ = args
+    launches, forms = triton.launches(), [Format.parse(form) for form in args[-2:]]
+    if launches is None or not launches.serves(query, key, value, *forms):
+        return None
+    return lambda **wrap: launches.attend(*args[:-2], *forms, **wrap)
+
+
+def _dequantise_triton(*args: Any) -> Callable[..., Tensor] | None:
+    """As `_attend_triton`."""
+    launches, form = triton.launches(), Format.parse(args[-1])
+    if launches is None or form.head_dim > launches.HEAD_DIM_MAX:
+        return None
+    return lambda **wrap: launches.dequantise(*args[:-1], form, **wrap)
+
+
+def _register_cuda(name: str, portable: Callable[..., Any], serve: Callable[..., Callable[..., Any] | None]) -> None:
+    """Launches where they serve, `portable` elsewhere; Inductor sees the launches themselves and places them."""
+
+    def run(*args: Any) -> Any:
+        launch = serve(*args)
+        return portable(*args) if launch is None else launch(wrap=lambda kernel: kernel)
+
+    def inline(*args: Any) -> Any:
+        launch = serve(*args) if args[0].device.type == "cuda" else None
+        return NotImplemented if launch is None else launch()
+
+    _LIBRARY.impl(name, run, "CUDA")
+    inline_when_traced(f"decoquant::{name}", inline, _LIBRARY)
+
+
 def _register(schema: str, portable: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema.partition("(")[0]
     # Any strides will do: else Inductor makes a copy of each argument that it has not laid out yet, at each use.
@@ -105,6 +138,8 @@ def _register(schema: str, portable: Callable[..., Any], fake: Callable[..., Any
 _register(_STORE, _store, _store_fake)
 _register(_ATTEND, _attend, _attend_fake)
 _register(_DEQUANTISE, _dequantise, _dequantise_fake)
+_register_cuda("attend_v3", _attend, _attend_triton)
+_register_cuda("dequantise_v3", _dequantise, _dequantise_triton)
 
 store: Final = torch.ops.decoquant.store_v3.default
 """`reference.store` with the format as a key."""

@@ -73,7 +73,7 @@ class Statistics:
         warps: of a program.
         instructions: of the machine code by name, without modifiers, such as ``HMMA``; for NVIDIA also with those of
             asynchronous copies: ``LDGSTS.128``.
-        loop: the same of the longest loop; empty where there is none (always for AMD).
+        loops: the same of each loop without a loop inside, the longest first; none for AMD.
     """
 
     registers: int
@@ -81,12 +81,11 @@ class Statistics:
     shared: int
     warps: int
     instructions: Mapping[str, int] = field(repr=False)
-    loop: Mapping[str, int] = field(repr=False)
+    loops: tuple[Mapping[str, int], ...] = field(repr=False)
 
-    @property
-    def loop_length(self) -> int:
-        """Instructions of the longest loop."""
-        return sum(self.loop.values())
+    def loop(self, *containing: str) -> Mapping[str, int]:
+        """Instructions of the longest loop that has all of the named ones; none if there is no such loop."""
+        return next((loop for loop in self.loops if all(name in loop for name in containing)), {})
 
 
 def statistics(compiled: CompiledKernel) -> Statistics:
@@ -128,18 +127,20 @@ def _nvidia(compiled: CompiledKernel) -> Statistics:
         _, log = _run(assembler.path, "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", ptx, "-o", "/dev/null")
         listing, _ = _run(knobs.nvidia.cuobjdump.path, "-sass", cubin)
     code = [(int(match[1], 16), match[2].strip()) for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)]
-    loop: tuple[int, int] = (0, -1)
+    loops = []
     for address, instruction in code:
         branch = re.search(r"BRA\S*\s+.*?(0x[0-9a-f]+)", instruction)
-        if branch and (start := int(branch[1], 16)) < address and address - start > loop[1] - loop[0]:
-            loop = start, address
+        if branch and (start := int(branch[1], 16)) < address:
+            loops.append((start, address))
+    inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] for b in loops if b != a)]
+    inner.sort(key=lambda span: span[0] - span[1])
     return Statistics(
         registers=_number(r"Used (\d+) registers", log),
         spills=_number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
         instructions=_count([instruction for _, instruction in code]),
-        loop=_count([instruction for address, instruction in code if loop[0] <= address <= loop[1]]),
+        loops=tuple(_count([text for address, text in code if start <= address <= stop]) for start, stop in inner),
     )
 
 
@@ -152,5 +153,5 @@ def _amd(compiled: CompiledKernel) -> Statistics:
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
         instructions=_count(code),
-        loop={},
+        loops=(),
     )

@@ -35,9 +35,11 @@ def test_statistics(target):
     if target == "gfx942":
         assert any("mfma" in name for name in found.instructions)
         return
-    assert found.loop["HMMA"] == 4 * 8 * 4
-    assert found.loop["LDGSTS.128"] > 0
-    assert found.loop_length > found.loop["HMMA"]
+    loop = found.loop("HMMA")
+    assert loop["HMMA"] == 4 * 8 * 4
+    assert loop["LDGSTS.128"] > 0
+    assert sum(loop.values()) > loop["HMMA"]
+    assert not found.loop("IMMA")
 
 
 def test_spills_are_seen():

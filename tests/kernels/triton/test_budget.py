@@ -1,0 +1,75 @@
+"""Builds for GPUs that need not be there: nothing spills, loops stay within a budget of instructions."""
+
+import functools
+
+import pytest
+import torch
+
+from decoquant_compile.kernels.format import Format
+from decoquant_compile.kernels.triton import launch
+from decoquant_compile.kernels.triton.build import TARGETS, Build, statistics
+from tests.kernels.triton.cases import BITS
+
+TILE = 64
+"""Tokens of one turn of the loop over packed tokens."""
+
+
+@functools.cache
+def built(target, bits, head_dim=128, groups=4, queries=1):
+    """Statistics of the kernels of a decoding step, by name."""
+    dtype = torch.bfloat16
+    forms = [Format(role, bits, head_dim, dtype) for role in ("key", "value")]
+    states = [torch.empty(form.layout(1, 2, 4096).nbytes, dtype=torch.uint8) for form in forms]
+    query = torch.empty(1, 2 * groups, queries, head_dim, dtype=dtype)
+    new = torch.empty(1, 2, queries, head_dim, dtype=dtype)
+    mask = torch.empty(1, 1, queries, 4096, dtype=torch.bool)
+    build = Build(target)
+    operands = query, *states, new, new, torch.arange(queries), mask, None, None, 4096, 0, 4096
+    launch.attend(*operands, *forms, wrap=build, ptx=target != "gfx942")
+    launch.dequantise(states[0], 1, 2, 4096, forms[0], wrap=build, ptx=target != "gfx942")
+    return {kernel.metadata.name: statistics(kernel) for kernel in build.kernels}
+
+
+def loop_length(found):
+    return sum(found["split"].loop("IMMA").values())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_spills_at_four_bits(target):
+    found = built(target, 4)
+    assert set(found) == {"plan", "fold", "split", "exact", "combine", "dequantise"}
+    assert {name: kernel.spills for name, kernel in found.items() if kernel.spills} == {}
+
+
+@pytest.mark.parametrize(("bits", "budget"), [(4, 16), (2, 13)])
+def test_instructions_per_token(bits, budget):
+    """Of a warp, keys and values of one KV head with four query heads: scores, softmax, weighted sums."""
+    found = built("sm_90", bits)
+    assert found["split"].spills == 0
+    assert found["split"].warps == 1
+    assert 0 < loop_length(found) <= budget * TILE
+    loop = found["split"].loop("IMMA")
+    # Each of 64 x 128 x 8 products takes one instruction of 16 x 8 x 32; 4 bits need two, once for each half of the codes
+    assert loop["IMMA"] == 2 * (TILE * 128 * 8) // (16 * 8 * 32) * (2 if bits == 4 else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 80])
+def test_everything_builds(target, bits, head_dim):
+    for queries in (1, 16):
+        found = built(target, bits, head_dim, queries=queries)
+        assert found["split"].spills == 0
+
+
+def test_bytes_per_token():
+    """At most 0.27 of a bfloat16 cache's, codes, gains and parameter sets of both caches of a long context."""
+    slots = 32768
+    read = 0
+    for role in ("key", "value"):
+        layout = Format(role, 4, 128, torch.bfloat16).layout(1, 8, slots)
+        sections = layout.views(torch.empty(layout.nbytes, dtype=torch.uint8))
+        for section in (*sections.planes, sections.gains, sections.epochs):
+            read += section.nbytes
+    assert read / slots / 8 / (2 * 128 * 2) <= 0.27
