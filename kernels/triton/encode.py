@@ -9,7 +9,9 @@ Results equal the oracle's bit for bit as long as only the order of sums differs
 fused with the addition (`_rounded`), and divisions and roots are those of IEEE 754.
 """
 
+import itertools
 import math
+import struct
 
 import triton
 import triton.language as tl
@@ -30,13 +32,31 @@ FLOAT_MAX = tl.constexpr((2 - 2.0**-23) * 2.0**127)
 ROUNDER = tl.constexpr(1.5 * 2.0**23)  # x + ROUNDER - ROUNDER is x rounded to an integer, ties to even
 
 
+def _single(x: float) -> float:
+    """`x` rounded to float32. Not by a tensor: whoever imports this may be tracing with fake ones."""
+    return float(struct.unpack("f", struct.pack("f", x))[0])
+
+
 def _tables() -> tuple[tuple[float, ...], tuple[float, ...]]:
     entries: list[float] = []
     thresholds: list[float] = []
     for bits in (2, 3, 4, 5):
-        entries += codec._codebook(bits, codec.torch.device("cpu")).tolist()
-        thresholds += [*codec.thresholds(bits, codec.torch.device("cpu")).tolist(), math.inf]
+        book = [_single(entry / _single(codec.steps(bits))) for entry in codec.entries(bits)]
+        entries += book
+        thresholds += [*(_single(low + high) / 2 for low, high in itertools.pairwise(book)), math.inf]
     return tuple(entries), tuple(thresholds)
+
+
+def cosine_table(run: int) -> tuple[float, ...]:
+    """`codec.cosines`, row by row; empty if a head size has no odd factor."""
+    if run == 1:
+        return ()
+    norms = [math.sqrt(1 / run), *[math.sqrt(2 / run)] * (run - 1)]
+    return tuple(
+        _single(math.cos(math.pi * (2 * sample + 1) * frequency / (2 * run)) * norms[frequency])
+        for sample in range(run)
+        for frequency in range(run)
+    )
 
 
 # Of 2, 3, 4 and 5 bits, one after the other: the table of BITS begins at 2**BITS - 4.

@@ -14,7 +14,6 @@ Many tokens take eight, with a mask nine: the owner of each slot is a question o
 Launches follow each other on one stream: what one writes, the next reads.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from decoquant_compile.kernels import codec, reference, tiles
 from decoquant_compile.kernels.format import NO_EPOCH, Format
-from decoquant_compile.kernels.triton.encode import LIMIT, column_channels, divide, encode, fit, weights_of
+from decoquant_compile.kernels.triton.encode import LIMIT, column_channels, cosine_table, divide, encode, fit, weights_of
 from decoquant_compile.kernels.triton.layout import padded_slots, sections, write_codes
 
 Wrap = Callable[[Any], Any]
@@ -1391,7 +1390,8 @@ class Blocks(NamedTuple):
 
 _BLOCKS: Final = Blocks()
 _LARGEST_RUN: Final = 16
-_MASK_DTYPES: Final = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
+# `reference._MASKED` as the oracle's comparison rounds it
+_MASKED: Final = {torch.float32: -9000.0, torch.bfloat16: -9024.0, torch.float16: -9000.0}
 
 
 def unserved(
@@ -1405,9 +1405,9 @@ def unserved(
         return "the state is not a contiguous buffer of bytes"
     if new.shape[2] == 0:
         return "there is no token to write"
-    if query is not None and query.dtype not in _MASK_DTYPES[1:]:
+    if query is not None and query.dtype not in _MASKED:
         return f"queries are {query.dtype}"
-    if mask is not None and mask.dtype not in _MASK_DTYPES:
+    if mask is not None and mask.dtype not in (torch.bool, *_MASKED):
         return f"the mask is {mask.dtype}"
     return None
 
@@ -1485,7 +1485,7 @@ def store(
     }  # fmt: skip
     coding: dict[str, Any] = {
         "PADDED_SIZE": triton.next_power_of_2(padded), "ORDER": order, "RUN": run,
-        "RUN_PADDED": triton.next_power_of_2(run), "LEAF": codec.leaf(head_dim), "COSINES": _cosine_table(run),
+        "RUN_PADDED": triton.next_power_of_2(run), "LEAF": codec.leaf(head_dim), "COSINES": cosine_table(run),
     }  # fmt: skip
     plan_b = FIELDS.value + window + sinks + tokens
     plan = torch.empty((batch, plan_b), dtype=torch.int64, device=state.device)
@@ -1493,7 +1493,7 @@ def store(
     at_mask: tuple[Any, ...] = (0, 0, 0, 0, 0, 0, 0)  # heads, queries, length, strides
     if mask is not None:
         if mask.dtype != torch.bool:
-            masked = torch.tensor(reference._MASKED, dtype=mask.dtype).item()
+            masked = _MASKED[mask.dtype]
         strides = (0 if mask.shape[0] == 1 else mask.stride(0), *mask.stride()[1:])
         at_mask = (_broadcast(mask, 1), _broadcast(mask, 2), mask.shape[3], *strides)
         if not one and mask.numel():
@@ -1540,9 +1540,3 @@ def store(
         state, plan, new, owners, *sizes, plan_b, owners_b, *new.stride(), SIZE=size, N=16, **common
     )
 
-
-def _cosine_table(run: int) -> tuple[float, ...]:
-    """`codec.cosines`, row by row; empty if there is no such factor."""
-    if run == 1:
-        return ()
-    return tuple(codec.cosines(run, torch.device("cpu")).flatten().tolist())

@@ -9,10 +9,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from decoquant_compile.kernels import codec
+from decoquant_compile.kernels import codec, reference
 from decoquant_compile.kernels.format import FITTED, NO_EPOCH, START, TOTAL, Format
 from decoquant_compile.kernels.state import CacheState
-from decoquant_compile.kernels.triton import store
+from decoquant_compile.kernels.triton import encode, store
 from tests.kernels.cpu.cases import BITS, Source, Tokens, Write, Writer
 from tests.kernels.cpu.test_store import assert_same, exact, sections, without_rounded
 from tests.kernels.triton.interpret import interpreted
@@ -246,6 +246,18 @@ def test_a_position_beyond_the_cache_changes_nothing(bits):
     for write in (Write(new, torch.tensor([98, 99, 100])), Write(new[:, :, :1], torch.tensor([100]), shift=3)):
         write.apply(KERNELS, state)
         assert torch.equal(state.buffer, before)
+
+
+def test_tables_are_those_of_the_codec():
+    cpu = torch.device("cpu")
+    for bits in (2, 3, 4, 5):
+        table = slice(2**bits - 4, 2 ** (bits + 1) - 4)
+        assert encode.ENTRIES.value[table] == tuple(codec.lookup(torch.arange(2**bits).byte(), bits).tolist())
+        assert encode.THRESHOLDS.value[table][:-1] == tuple(codec.thresholds(bits, cpu).tolist())
+    for run in range(3, 17, 2):
+        assert encode.cosine_table(run) == tuple(codec.cosines(run, cpu).flatten().tolist())
+    for dtype, masked in store._MASKED.items():
+        assert torch.tensor(reference._MASKED, dtype=dtype).item() == masked
 
 
 def test_what_the_kernels_do_not_serve():
