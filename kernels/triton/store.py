@@ -744,8 +744,8 @@ def sum_tokens(
         if KEY and QUERY is not None:
             mask &= ((flags & QUERIED) != 0)[:, None]
             for group in range(0, query_groups):
-                at = b * query_b + (h * query_groups + group) * query_h + t[:, None].to(tl.int64) * query_t
-                q = tl.load(QUERY + at + c[None, :] * query_d, mask=mask, other=0.0).to(tl.float32)
+                of_group = b * query_b + (h * query_groups + group) * query_h + t[:, None].to(tl.int64) * query_t
+                q = tl.load(QUERY + of_group + c[None, :] * query_d, mask=mask, other=0.0).to(tl.float32)
                 energy += tl.sum(q * q, 0)
     sums = SUMS + (((b * heads + h) * tl.num_programs(2) + run) * 4) * HEAD_DIM + c
     tl.store(sums, average, mask=c < HEAD_DIM)
