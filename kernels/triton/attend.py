@@ -151,9 +151,12 @@ def fold(
     constant = tl.zeros([ROWS], tl.float32)
     for begin in tl.range(0, D, BLOCK):
         c = begin + tl.arange(0, BLOCK)
-        x = tl.load(
-            QUERY + base[:, None] + c[None, :] * q_sc, mask=(query < queries)[:, None] & (c < D)[None, :], other=0.0
-        ).to(tl.float32) * scale
+        x = (
+            tl.load(
+                QUERY + base[:, None] + c[None, :] * q_sc, mask=(query < queries)[:, None] & (c < D)[None, :], other=0.0
+            ).to(tl.float32)
+            * scale
+        )
         s = tl.load((KEYS + k_scales).to(tl.pointer_type(tl.bfloat16)) + of_set + c, mask=c < D, other=1.0)
         mean = tl.load((KEYS + k_means).to(tl.pointer_type(tl.bfloat16)) + of_set + c, mask=c < D, other=0.0)
         constant += tl.sum(x * mean.to(tl.float32)[None, :], 1)
@@ -167,7 +170,9 @@ def fold(
     limbs = two_limbs(tl.where(poison[:, None] == 0, rotated, 0.0), peak[:, None])
     at = ((head * tl.num_programs(2) + group) * sets + number) * ROWS
     limb = tl.arange(0, 2)[None, None, :]
-    tl.store(FOLDED + (at + tl.arange(0, ROWS)[:, None, None]) * 2 * PLACES + limb * PLACES + place[None, :, None], limbs)
+    tl.store(
+        FOLDED + (at + tl.arange(0, ROWS)[:, None, None]) * 2 * PLACES + limb * PLACES + place[None, :, None], limbs
+    )
     tl.store(FACTORS + at * 2 + tl.arange(0, ROWS), peak / (16256.0 * STEPS) + poison)
     tl.store(FACTORS + at * 2 + ROWS + tl.arange(0, ROWS), constant)
 
@@ -311,9 +316,7 @@ def _softcap(logits, softcap):
 
 
 @triton.jit
-def _masked(
-    logits, MASK, row, kv_head, query, head, column, admitted, m_sb, m_sh, m_sq, m_sl, MASK_KIND: tl.constexpr
-):
+def _masked(logits, MASK, row, kv_head, query, head, column, admitted, m_sb, m_sh, m_sq, m_sl, MASK_KIND: tl.constexpr):
     """Logits ``[columns, rows]`` under the mask. Kinds: 0 none, 1 bool, 2 additive."""
     if MASK_KIND == 0:
         return logits
@@ -402,7 +405,19 @@ def split(
                     z = tl.where(found[:, None], tl.zeros([ZEROS, ROWS], tl.float32), -float("inf"))
                     admitted = found[:, None] & real[None, :]
                     z = _masked(
-                        z, MASK, batch_row, kv_head, query, in_group, column, admitted, m_sb, m_sh, m_sq, m_sl, MASK_KIND
+                        z,
+                        MASK,
+                        batch_row,
+                        kv_head,
+                        query,
+                        in_group,
+                        column,
+                        admitted,
+                        m_sb,
+                        m_sh,
+                        m_sq,
+                        m_sl,
+                        MASK_KIND,
                     )
                     new_peak = tl.maximum(peak, tl.max(z, 0))
                     safe = _finite_peak(new_peak)
@@ -469,7 +484,9 @@ def split(
                                 j = piece + tl.arange(0, 16)
                                 turned = _turn_back(tl.load(own + j[:, None]), j, c, turned, VD, PRECISION)
                             turned /= _scale(VALUES, v_scales, value_set, c, head, heads, v_sets, VD)[:, None]
-                            before = tl.load(other + c[:, None], mask=tl.broadcast_to(flushes > 0, turned.shape), other=0.0)
+                            before = tl.load(
+                                other + c[:, None], mask=tl.broadcast_to(flushes > 0, turned.shape), other=0.0
+                            )
                             tl.store(other + c[:, None], before * relative[None, :] + turned)
                         tl.debug_barrier()
                         flushed = _finite_peak(peak)
@@ -495,7 +512,9 @@ def split(
 
                 # Scores
                 if K_BITS == 16:
-                    raw = (KEYS + k_codes).to(tl.pointer_type(DTYPE)) + (head * slots + ring)[:, None] * KD + kc[None, :]
+                    raw = (
+                        (KEYS + k_codes).to(tl.pointer_type(DTYPE)) + (head * slots + ring)[:, None] * KD + kc[None, :]
+                    )
                     x = tl.load(raw, mask=mine[:, None] & (kc < KD)[None, :], other=0.0)
                     s = tl.dot(x, q_high, input_precision=PRECISION)
                     if DTYPE != tl.float32:
@@ -543,7 +562,11 @@ def split(
                 # Weighted sum of the values
                 if V_BITS == 16:
                     vc = tl.arange(0, VP)
-                    raw = (VALUES + v_codes).to(tl.pointer_type(DTYPE)) + (head * slots + ring)[:, None] * VD + vc[None, :]
+                    raw = (
+                        (VALUES + v_codes).to(tl.pointer_type(DTYPE))
+                        + (head * slots + ring)[:, None] * VD
+                        + vc[None, :]
+                    )
                     x = tl.trans(tl.load(raw, mask=mine[:, None] & (vc < VD)[None, :], other=0.0))
                     p_high = p.to(DTYPE)
                     acc = tl.dot(x, p_high, acc * alpha[None, :], input_precision=PRECISION)
@@ -694,7 +717,7 @@ def exact(
         e = block * 32 + tl.arange(0, 32)
         # The position that an entry of the list stands for: sinks and window of the keys, then of the values. The
         # first entry of a position counts.
-        sink_k = (e < K_SINKS)
+        sink_k = e < K_SINKS
         window_k = (e >= K_SINKS) & (e < K_SINKS + K_WINDOW)
         f = e - (K_SINKS + K_WINDOW)
         sink_v = (f >= 0) & (f < V_SINKS)
@@ -858,7 +881,9 @@ def combine(
         which = begin + lane
         own = tl.load(SETS + at + which, mask=which < parts, other=0) == -1
         weight = tl.load(
-            PEAKS + (at + which)[:, None] * ROWS + r[None, :], mask=(own & (which < parts))[:, None], other=-float("inf")
+            PEAKS + (at + which)[:, None] * ROWS + r[None, :],
+            mask=(own & (which < parts))[:, None],
+            other=-float("inf"),
         )
         used = (weight > -float("inf"))[:, None, :] & (c < VD)[None, :, None]
         rows = (at + which)[:, None, None] * ROWS + r[None, None, :]

@@ -56,7 +56,9 @@ def rotation(i, j, D: tl.constexpr):
     step = (i + 1).to(tl.uint32)
     for k in tl.static_range(16):
         if (1 << k) <= D:
-            state = tl.where((step >> k) & 1 != 0, state * tl.cast(_FACTORS[k], tl.uint32) + tl.cast(_TERMS[k], tl.uint32), state)
+            state = tl.where(
+                (step >> k) & 1 != 0, state * tl.cast(_FACTORS[k], tl.uint32) + tl.cast(_TERMS[k], tl.uint32), state
+            )
     sign = tl.where(state >> 31 != 0, ORDER**-0.5, -(ORDER**-0.5))
     parity = (i // RUN) & (j // RUN)
     parity ^= parity >> 8

@@ -24,7 +24,15 @@ from torch import Tensor
 
 from decoquant_compile.kernels import codec, reference, tiles
 from decoquant_compile.kernels.format import NO_EPOCH, Format
-from decoquant_compile.kernels.triton.encode import LIMIT, column_channels, cosine_table, divide, encode, fit, weights_of
+from decoquant_compile.kernels.triton.encode import (
+    LIMIT,
+    column_channels,
+    cosine_table,
+    divide,
+    encode,
+    fit,
+    weights_of,
+)
 from decoquant_compile.kernels.triton.layout import padded_slots, sections, write_codes
 
 Wrap = Callable[[Any], Any]
@@ -169,7 +177,9 @@ def _admits(
     at = b * mask_b + column.to(tl.int64) * mask_c
     for head in range(0, mask_heads):
         for query in range(0, mask_queries):
-            entry = tl.load(MASK + at + tl.cast(head, tl.int64) * mask_h + tl.cast(query, tl.int64) * mask_q, mask=wanted, other=0)
+            entry = tl.load(
+                MASK + at + tl.cast(head, tl.int64) * mask_h + tl.cast(query, tl.int64) * mask_q, mask=wanted, other=0
+            )
             found |= _entry_admits(entry, MASKED)
     return found
 
@@ -265,7 +275,9 @@ def look_at_tokens(
     tl.store(PLAN + b * plan_b + FIELDS + window + sinks + t, flags.to(tl.int64), mask=t < tokens)
     if window > 0:
         place = (_origin_index(origin, window) + distance) % window
-        tl.atomic_max(OWNERS + b * owners_b + slots + place, t, mask=(flags & (KEPT + NONZERO)) == KEPT + NONZERO, sem="relaxed")
+        tl.atomic_max(
+            OWNERS + b * owners_b + slots + place, t, mask=(flags & (KEPT + NONZERO)) == KEPT + NONZERO, sem="relaxed"
+        )
 
 
 @triton.jit
@@ -925,9 +937,7 @@ def _put(
     nonzero = tl.max((x != 0).to(tl.int32), 1)[:, None] != 0
     gain = tl.zeros([N, 1], tl.float32)
     if tl.max(encoded.to(tl.int32)) != 0:
-        codes, found = encode(
-            x, mean, scale, weight, N, H, HEAD_DIM, ORDER, RUN, RUN_PADDED, LEAF, COSINES, KEY, BITS
-        )
+        codes, found = encode(x, mean, scale, weight, N, H, HEAD_DIM, ORDER, RUN, RUN_PADDED, LEAF, COSINES, KEY, BITS)
         gain = tl.where(encoded, found[:, None], 0.0)
         head = b * heads + h
         write_codes(
@@ -1036,7 +1046,9 @@ def _label(
         distance, there = _distance(label, origin, slots)
         owner = _owner(OWNERS, b, owners_b, _advanced(slot0, distance, slots), there, one_slot, one_kept, ONE)
         label = tl.where(owner >= 0, -1, label)
-        owner = _copy_owner(plan, OWNERS, b, c, origin, start, slots, sinks, window, owners_b, one_slot, one_copied, ONE)
+        owner = _copy_owner(
+            plan, OWNERS, b, c, origin, start, slots, sinks, window, owners_b, one_slot, one_copied, ONE
+        )
         if ONE:
             slot = tl.full([N], 0, tl.int32) + one_slot
         else:
@@ -1539,4 +1551,3 @@ def store(
     wrap(copy_tokens)[batch, heads](
         state, plan, new, owners, *sizes, plan_b, owners_b, *new.stride(), SIZE=size, N=16, **common
     )
-

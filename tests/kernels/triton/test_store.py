@@ -51,7 +51,7 @@ def assert_any_writes_equal_the_oracle(random, count):
 @given(random=st.randoms(use_true_random=False), count=st.integers(1, 3))
 @settings(
     deadline=None,
-    max_examples=6,
+    max_examples=4,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # to shrink takes minutes here
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -84,18 +84,18 @@ def run(first, stop):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("role", "head_dim"), [("key", 128), ("value", 128), ("key", 80), ("value", 7)])
+@pytest.mark.parametrize(("role", "head_dim"), [("key", 128), ("value", 80)])
 def test_every_width(bits, role, head_dim):
     """Chunk, token, chunk: the first fit, a refit, codes with both."""
-    state = empty(bits, role=role, head_dim=head_dim, dtype=torch.float32)
-    new = tokens_of(state, 71)
-    for a, b in ((0, 40), (40, 41), (41, 71)):
+    state = empty(bits, role=role, heads=1, head_dim=head_dim, dtype=torch.float32)
+    new = tokens_of(state, 41)
+    for a, b in ((0, 30), (30, 31), (31, 41)):
         assert_writes_like_the_oracle(Write(new[:, :, a:b], run(a, b)), state)
 
 
-@pytest.mark.parametrize("head_dim", [1, 24, 64, 96, 192, 256])
+@pytest.mark.parametrize("head_dim", [1, 7, 24, 64, 256])
 def test_other_head_sizes(head_dim):
-    state = empty(4, head_dim=head_dim)
+    state = empty(4, heads=1, head_dim=head_dim)
     new = tokens_of(state, 31)
     assert_writes_like_the_oracle(Write(new[:, :, :30], run(0, 30)), state)
     assert_writes_like_the_oracle(Write(new[:, :, 30:], run(30, 31)), state)
@@ -106,9 +106,9 @@ def test_a_prompt_token_by_token(role, bits):
     """First fit, refits as the tokens grow, then a new sequence over the old one."""
     state = empty(bits, role=role, slots=40, window=4)
     for turn in range(2):
-        new = tokens_of(state, 24, seed=turn)
-        query = tokens_of(state, 24, seed=2)
-        for t in range(24):
+        new = tokens_of(state, 14, seed=turn)
+        query = tokens_of(state, 14, seed=2)
+        for t in range(14):
             one = slice(t, t + 1)
             expected = state.clone()
             write = Write(new[:, :, one], torch.tensor([t]), query[:, :, one])
@@ -139,8 +139,10 @@ def test_codes_of_other_tokens_stay(role):
         assert all(map(torch.equal, before, sections(state).planes))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("role", "bits"), [("key", 4), ("value", 8)])
+@pytest.mark.parametrize(
+    ("dtype", "role", "bits"),
+    [(torch.float32, "value", 8), (torch.bfloat16, "key", 4), (torch.float16, "value", 3)],
+)
 def test_degenerate_tokens(dtype, role, bits):
     state = empty(bits, role=role, batch=7, dtype=dtype, head_dim=24, slots=60)
     new = tokens_of(state, 50)
@@ -159,7 +161,7 @@ def test_degenerate_tokens(dtype, role, bits):
     assert_writes_like_the_oracle(Write(torch.zeros_like(new[:, :, :9]), run(30, 39)), state)
 
 
-@pytest.mark.parametrize("bad", [math.nan, 2.0**51])
+@pytest.mark.parametrize("bad", [math.nan])
 def test_queries_that_are_no_ordinary_numbers_are_left_out(bad):
     state = empty(4, dtype=torch.float32, batch=2)
     new = tokens_of(state, 40)
@@ -172,7 +174,7 @@ def test_queries_that_are_no_ordinary_numbers_are_left_out(bad):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("chunk", [40, 7])
+@pytest.mark.parametrize("chunk", [40, 19])
 def test_left_padding(dtype, chunk):
     state = empty(4, batch=3)
     new = tokens_of(state, 41)
@@ -268,7 +270,9 @@ def test_what_the_kernels_do_not_serve():
         return store.unserved(state.buffer, new, query, mask, state.slots, form)
 
     assert why() is None
-    assert why(form=Format("key", 4, 34, torch.bfloat16)) == "the head size 34 has an odd factor above 16 or is above 512"
+    assert (
+        why(form=Format("key", 4, 34, torch.bfloat16)) == "the head size 34 has an odd factor above 16 or is above 512"
+    )
     assert why(new=new[:, :, :0]) == "there is no token to write"
     assert why(query=new.double()) == "queries are torch.float64"
     assert why(mask=torch.zeros(1, 1, 2, 9, dtype=torch.float64)) == "the mask is torch.float64"
