@@ -27,8 +27,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._logging import _internal as torch_logging
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental import symbolic_shapes
 from torch.utils import _python_dispatch, _pytree
 from torch.utils._sympy.interp import sympy_interp
@@ -454,6 +454,12 @@ def inline_when_traced(name: str, body: Callable[..., Any], library: torch.libra
         return mode.__torch_dispatch__(op, types, args, kwargs)
 
     torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=library)
+
+
+def pack_launch(kernel: Any, backend: Any, options: Mapping[str, Any], bound: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Options, signature, constants and attributes that a launch of a Triton kernel is compiled for (Triton 3.8)."""
+    packed: tuple[Any, ...] = kernel._pack_args(backend, options, *bound)
+    return packed
 
 
 ATEN_KERNELS = {"fallback_by_default": True, "selective_decompose": True}

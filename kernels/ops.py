@@ -114,7 +114,7 @@ def _store_triton(
 
 
 def _attend_triton(*args: Any) -> Callable[..., Tensor] | None:
-    """Launches that do what `_attend` does with such arguments; they take how to wrap a kernel. None: there are none."""
+    """Launches that do what `_attend` does with such arguments, given how to wrap a kernel; None: there are none."""
     query, _, _, key, value, *_ = args
     launches, forms = triton.launches(), [Format.parse(form) for form in args[-2:]]
     if launches is None or not launches.serves(query, key, value, *forms):

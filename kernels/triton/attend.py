@@ -517,7 +517,7 @@ def split(
                     )
                     x = tl.load(raw, mask=mine[:, None] & (kc < KD)[None, :], other=0.0)
                     s = tl.dot(x, q_high, input_precision=PRECISION)
-                    if DTYPE != tl.float32:
+                    if tl.float32 != DTYPE:
                         s = tl.dot(x, q_low, s)
                 else:
                     K_ROWS: tl.constexpr = K_CHANNELS * K_WIDTH // 32
@@ -570,7 +570,7 @@ def split(
                     x = tl.trans(tl.load(raw, mask=mine[:, None] & (vc < VD)[None, :], other=0.0))
                     p_high = p.to(DTYPE)
                     acc = tl.dot(x, p_high, acc * alpha[None, :], input_precision=PRECISION)
-                    if DTYPE != tl.float32:
+                    if tl.float32 != DTYPE:
                         acc = tl.dot(x, (p - p_high.to(tl.float32)).to(DTYPE), acc)
                 else:
                     gain = tl.load((VALUES + v_gains).to(tl.pointer_type(tl.float16)) + head * capacity + ring)
@@ -632,7 +632,7 @@ def _find_in_window(STATE, positions, row, wanted, WINDOW: tl.constexpr):
 @triton.jit
 def _copies(STATE, sinks, window, head, sink, at, c, D: tl.constexpr,
             SINKS: tl.constexpr, WINDOW: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Channels `c` of exact copies, float32 ``[n, channels]``: of the sink of that index, or else of that index of the window, or zeros."""
+    """Channels `c` of exact copies, float32 ``[n, channels]``: of a sink, else of the window, else zeros."""
     x = tl.zeros([sink.shape[0], c.shape[0]], tl.float32)
     if SINKS > 0:
         rows = (head * SINKS + sink)[:, None] * D + c[None, :]
@@ -650,7 +650,7 @@ def _copies(STATE, sinks, window, head, sink, at, c, D: tl.constexpr,
 def _stored(STATE, raw, codes, high, gains, epochs, means, scales, head, heads, sets, slot, wanted, slots, capacity, c,
             D: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
             KEY: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Channels `c` of slots as the cache holds them, copies aside, float32 ``[n, channels]``; zeros where not `wanted`."""
+    """Channels `c` of slots as held, copies aside, float32 ``[n, channels]``; zeros where not `wanted`."""
     origin = tl.load(_int64s(STATE, 0))
     wanted &= (slot >= 0) & (slot < slots) & (slot < tl.load(_int64s(STATE, 0) + 1) - origin)
     ring = (origin + tl.maximum(slot, 0)) % slots
@@ -671,8 +671,10 @@ def exact(
     QUERY, KEYS, VALUES, KEY, VALUE, COLUMNS, TAGS, MASK, PART, PEAKS, SUMS, SETS,
     heads, queries, groups, tokens, slots, capacity, first, length, scale, softcap, parts, part0,
     q_sb, q_sh, q_sq, q_sc, k_sb, k_sh, k_st, k_sc, v_sb, v_sh, v_st, v_sc, m_sb, m_sh, m_sq, m_sl,
-    k_raw, k_codes, k_high, k_gains, k_epochs, k_means, k_scales, k_sinks, k_sink_positions, k_window, k_window_positions,
-    v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, v_sinks, v_sink_positions, v_window, v_window_positions,
+    k_raw, k_codes, k_high, k_gains, k_epochs, k_means, k_scales,
+    k_sinks, k_sink_positions, k_window, k_window_positions,
+    v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales,
+    v_sinks, v_sink_positions, v_window, v_window_positions,
     k_sets, v_sets,
     KD: tl.constexpr, KP: tl.constexpr, K_CHANNELS: tl.constexpr, K_BITS: tl.constexpr, K_STEPS: tl.constexpr,
     K_SINKS: tl.constexpr, K_WINDOW: tl.constexpr,
@@ -699,7 +701,7 @@ def exact(
     query = row // groups
     in_group = row % groups
     real = query < queries
-    K_STEP: tl.constexpr = 32 if KP > 32 else KP
+    K_STEP: tl.constexpr = min(KP, 32)
     vc = tl.arange(0, VP)
     n = tl.arange(0, 64)
     q_row = QUERY + (batch_row * q_sb + (kv_head + in_group) * q_sh + query * q_sq)[None, :]
@@ -712,9 +714,9 @@ def exact(
 
     COPIES: tl.constexpr = K_SINKS + K_WINDOW + V_SINKS + V_WINDOW
     listed = COPIES + tl.where(k_origin == v_origin, 0, length)
-    blocks = tl.where(share == 0, tl.cdiv(listed, 32), 0)
+    blocks = tl.where(share == 0, tl.cdiv(listed, 16), 0)
     for block in tl.range(0, blocks):
-        e = block * 32 + tl.arange(0, 32)
+        e = block * 16 + tl.arange(0, 16)
         # The position that an entry of the list stands for: sinks and window of the keys, then of the values. The
         # first entry of a position counts.
         sink_k = e < K_SINKS
@@ -725,7 +727,8 @@ def exact(
         label = tl.load(_int64s(KEYS, k_sink_positions) + batch_row * K_SINKS + e, mask=sink_k, other=-1)
         label = tl.where(
             window_k,
-            tl.load(_int64s(KEYS, k_window_positions) + batch_row * K_WINDOW + e - K_SINKS, mask=window_k, other=-1), label,
+            tl.load(_int64s(KEYS, k_window_positions) + batch_row * K_WINDOW + e - K_SINKS, mask=window_k, other=-1),
+            label,
         )  # fmt: skip
         label_v = tl.load(_int64s(VALUES, v_sink_positions) + batch_row * V_SINKS + f, mask=sink_v, other=-1)
         label_v = tl.where(
@@ -753,7 +756,7 @@ def exact(
         if tl.sum(valid.to(tl.int32), 0) > 0:
             lacking = valid & (k_sink < 0) & (k_at < 0)
             any_lacking = tl.sum(lacking.to(tl.int32), 0) > 0
-            s = tl.zeros([32, ROWS], tl.float32)
+            s = tl.zeros([16, ROWS], tl.float32)
             for begin in tl.range(0, KD, K_STEP):
                 kc = begin + tl.arange(0, K_STEP)
                 q = tl.load(q_row + kc[:, None] * q_sc, mask=real[None, :] & (kc < KD)[:, None], other=0.0)
@@ -773,8 +776,8 @@ def exact(
             lacking = valid & (v_sink < 0) & (v_at < 0)
             if tl.sum(lacking.to(tl.int32), 0) > 0:
                 x += _stored(
-                    VALUES, v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, head, heads, v_sets, slot, lacking,
-                    slots, capacity, vc, VD, V_CHANNELS, V_BITS, V_STEPS, False, DTYPE, PRECISION,
+                    VALUES, v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, head, heads, v_sets, slot,
+                    lacking, slots, capacity, vc, VD, V_CHANNELS, V_BITS, V_STEPS, False, DTYPE, PRECISION,
                 )  # fmt: skip
             new_peak = tl.maximum(peak, tl.max(s, 0))
             safe = _finite_peak(new_peak)
@@ -810,7 +813,7 @@ def exact(
         x = tl.trans(tl.load(at, mask=valid[:, None] & (vc < VD)[None, :], other=0.0).to(NEW))
         p_high = p.to(NEW)
         acc = tl.dot(x, p_high, acc * alpha[None, :], input_precision=PRECISION)
-        if NEW != tl.float32:
+        if tl.float32 != NEW:
             acc = tl.dot(x, (p - p_high.to(tl.float32)).to(NEW), acc)
         peak = new_peak
 
@@ -925,10 +928,10 @@ def dequantise(
     SINKS: tl.constexpr, WINDOW: tl.constexpr, KEY: tl.constexpr, DTYPE: tl.constexpr, LIMIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The dense cache. Grid: (blocks of 64 slots, batch * heads). OUT: contiguous ``[batch, heads, slots, D]``."""
+    """The dense cache. Grid: (blocks of 32 slots, batch * heads). OUT: contiguous ``[batch, heads, slots, D]``."""
     head = tl.program_id(1).to(tl.int64)
     row = head // heads
-    slot = tl.program_id(0).to(tl.int64) * 64 + tl.arange(0, 64)
+    slot = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)
     c = tl.arange(0, DP)
     inside = slot < slots
     x = _stored(

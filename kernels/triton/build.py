@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, KernelInterface, create_function_from_signature
 
+from decoquant_compile._compat import pack_launch
+
 TARGETS: Final[Mapping[str, GPUTarget]] = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -46,7 +48,7 @@ class Build:
         return _Launch(self, kernel)
 
 
-class _Launch(KernelInterface):  # type: ignore[type-arg,misc]
+class _Launch(KernelInterface):
     def __init__(self, build: Build, kernel: JITFunction) -> None:
         self.build, self.kernel = build, kernel
 
@@ -55,7 +57,7 @@ class _Launch(KernelInterface):  # type: ignore[type-arg,misc]
         backend = make_backend(build.target)
         kwargs |= {**build.options, "debug": False, "instrumentation_mode": ""}
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        options, signature, constants, attributes = kernel._pack_args(backend, kwargs, *bind(*args, **kwargs))
+        options, signature, constants, attributes = pack_launch(kernel, backend, kwargs, bind(*args, **kwargs))
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=build.target, options=options.__dict__)
         build.kernels.append(compiled)
@@ -68,7 +70,7 @@ class Statistics:
 
     Attributes:
         registers: of a thread; for AMD vector registers.
-        spills: bytes that a thread spills (NVIDIA), or registers (AMD).
+        spills: bytes that a thread spills (NVIDIA), or vector registers (AMD).
         shared: bytes of shared memory of a program.
         warps: of a program.
         instructions: of the machine code by name, without modifiers, such as ``HMMA``; for NVIDIA also with those of
@@ -149,7 +151,7 @@ def _amd(compiled: CompiledKernel) -> Statistics:
     code = re.findall(r"^\s+((?:v|s|ds|buffer|global|flat|scratch)_\w+)", text, re.MULTILINE)
     return Statistics(
         registers=_number(r"\.vgpr_count:\s+(\d+)", text),
-        spills=_number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text),
+        spills=_number(r"\.vgpr_spill_count:\s+(\d+)", text),
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
         instructions=_count(code),

@@ -1,7 +1,7 @@
 """What the kernels share of the codec: the rotation, entries of packed codes, the order in which codes come.
 
-Products of codes run on the integer matrix units: entries are int8, exactly, and so are the two limbs of a query or of a
-weight (`two_limbs`). A byte permute turns four codes into four entries at once. The order of channels (keys) and
+Products of codes run on the integer matrix units: entries are int8, exactly, and so are the two limbs of a query or
+of a weight (`two_limbs`). A byte permute turns four codes into four entries at once. The order of channels (keys) and
 tokens (values) along a product follows from that, and the other operand is laid out alike (`neighbour`).
 """
 
@@ -103,7 +103,7 @@ def neighbour(k, WIDTH: tl.constexpr):
 
 @triton.jit
 def permute_bytes(low, high, selector, PTX: tl.constexpr):
-    """PTX ``prmt``: byte b of the result is byte ``selector >> 4 b & 7`` of ``high:low``, or its sign if bit 3 is set."""
+    """PTX ``prmt``: byte b of the result is byte ``selector >> 4 b & 7`` of ``high:low``, or its sign (bit 3)."""
     if PTX:
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1

@@ -1,8 +1,8 @@
 """Launches of the Triton kernels, with the arguments of `decoquant_compile.kernels.reference`.
 
-Nothing here looks at the contents of a tensor. `wrap` makes a kernel launchable: `torch.library.wrap_triton` where torch
-may be tracing (so Inductor sees the launches and places them), a `build.Build` to compile for a GPU that is not there,
-an interpreter in tests.
+Nothing here looks at the contents of a tensor. `wrap` makes a kernel launchable: `torch.library.wrap_triton` where
+torch may be tracing (so Inductor sees the launches and places them), a `build.Build` to compile for a GPU that is not
+there, an interpreter in tests.
 """
 
 import math
@@ -133,18 +133,22 @@ def attend(
     new_shares = max(1, min(8, tokens // 256))
     parts = 2 * shares + new_shares
 
-    kind, merged, strides = 0, False, (0, 0, 0, 0)
+    kind, strides = 0, [0, 0, 0, 0]
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
-        strides = tuple(0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride(), strict=False))
-        strides = (*strides, mask.stride(3))
-        merged = kind == 1 and strides[1] == strides[2] == 0
+        strides = [0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride(), strict=False)]
+        strides.append(mask.stride(3))
+    merged = kind == 1 and strides[1] == strides[2] == 0
     natural = kind == 2  # in units of log 2 the least number would become -inf
     scale = k.dim**-0.5 if scale is None else scale
     folded_scale = scale if softcap is not None or natural else scale * _LOG2E
     masking = mask if mask is not None else query
     mode = {"SOFTCAP": softcap is not None, "NATURAL": natural}
     precision = _PRECISION[ptx]
+    # One warp has no other to wait for, while its sums fit its registers.
+    warps = 1 if ptx and k.coded and v.coded and rows <= 8 and max(k.padded, v.padded) <= 128 else 4
+    # Left to itself ptxas may spill for the sake of one more program on a multiprocessor.
+    limit = {"maxnreg": 224} if ptx else {}
     capped = 0.0 if softcap is None else softcap
 
     tags = _scratch(query, batch, length, dtype=torch.int16)
@@ -169,7 +173,8 @@ def attend(
         wrap(kernels.fold)[(batch * heads, k.sets, row_groups)](
             query, key_state, folded, factors,
             heads, queries, groups, *query_strides, k.means, k.scales, k.sets, folded_scale,
-            D=k.dim, PLACES=k.places, WIDTH=k.width, ROWS=rows, STEPS=k.steps, BLOCK=16, PRECISION=precision, num_warps=4,
+            D=k.dim, PLACES=k.places, WIDTH=k.width, ROWS=rows, STEPS=k.steps, BLOCK=16,
+            PRECISION=precision, num_warps=4,
         )  # fmt: skip
     wrap(kernels.split)[(shares, batch * heads, row_groups)](
         query, key_state, value_state, masking, tags, folded, factors, part, peaks, sums, sets,
@@ -179,7 +184,7 @@ def attend(
         KD=k.dim, KP=k.padded, K_CHANNELS=k.channels, PLACES=k.places, K_BITS=k.bits,
         VD=v.dim, VP=v.padded, V_CHANNELS=v.channels, V_BITS=v.bits, V_STEPS=v.steps,
         DTYPE=_DTYPES[key_form.dtype], ROWS=rows, MASK_KIND=0 if merged else kind, PTX=ptx, PRECISION=precision, **mode,
-        num_warps=1, num_stages=1,
+        num_warps=warps, num_stages=1, **limit,
     )  # fmt: skip
     alike = query.dtype == key.dtype == value.dtype
     wrap(kernels.exact)[(new_shares, batch * heads, row_groups)](
@@ -196,7 +201,7 @@ def attend(
         V_SINKS=v.sink_count, V_WINDOW=v.window_size,
         DTYPE=_DTYPES[key_form.dtype], NEW=_DTYPES[query.dtype] if alike else tl.float32, ROWS=rows,
         MASK_KIND=kind, PRECISION=precision, **mode,
-        num_warps=8 if max(k.padded, v.padded) <= 128 else 16, num_stages=1,
+        num_warps=8, num_stages=1,
     )  # fmt: skip
     channels = min(32, v.padded)
     wrap(kernels.combine)[(batch * heads, row_groups, v.padded // channels)](
@@ -222,12 +227,12 @@ def dequantise(
     batch, heads, slots = int(batch), int(heads), int(slots)
     s = _Side(form, form.layout(batch, heads, slots))
     out = torch.empty((batch, heads, slots, s.dim), dtype=form.dtype, device=state.device)
-    wrap(kernels.dequantise)[(-(-slots // 64), batch * heads)](
+    wrap(kernels.dequantise)[(-(-slots // 32), batch * heads)](
         state, out, heads, slots, tiles.capacity(slots), s.sets,
         s.raw, s.codes, s.high, s.gains, s.epochs, s.means, s.scales,
         s.sinks, s.sink_positions, s.window, s.window_positions,
         D=s.dim, DP=s.padded, CHANNELS=s.channels, BITS=s.bits, STEPS=s.steps,
         SINKS=s.sink_count, WINDOW=s.window_size, KEY=form.role == "key", DTYPE=_DTYPES[form.dtype],
-        LIMIT=torch.finfo(form.dtype).max, PRECISION=_PRECISION[ptx], num_warps=4, num_stages=1,
+        LIMIT=torch.finfo(form.dtype).max, PRECISION=_PRECISION[ptx], num_warps=8, num_stages=1,
     )  # fmt: skip
     return out
