@@ -108,7 +108,7 @@ def _store_triton(
 ) -> Callable[..., None] | None:
     """As `_attend_triton`."""
     writes, form = triton.writes(), Format.parse(format)
-    if writes is None or writes.unserved(state, new, query, mask, slots, form) is not None:
+    if writes is None or writes.unserved(state, new, query, mask, form) is not None:
         return None
     return lambda **wrap: writes.store(state, new, positions, query, mask, slots, shift, first, form, rows, **wrap)
 

@@ -86,7 +86,7 @@ def _rounded(x):
 
 @triton.jit
 def divide(a, b):
-    """The quotient as IEEE 754 rounds it, of ordinary numbers: no detour for those whose reciprocal or remainder is not.
+    """The quotient as IEEE 754 rounds it, of ordinary numbers: no detour for those with a reciprocal that is none.
 
     `tl.div_rn` has one, and calls to it from everywhere keep registers from being used.
     """
@@ -194,7 +194,7 @@ def _nearest(y, radius, BITS: tl.constexpr):
     """Codes of the nearest entries, int32, and these entries."""
     if BITS == 8:
         z = y * (divide(1.0, radius) * 32.0)
-        z = tl.where(z == z, z, 0.0)  # zero times the infinity of a radius too small
+        z = tl.where(z == z, z, 0.0)  # noqa: PLR0124 - zero times the infinity of a radius too small
         z = _clamp(z, 127.0) + ROUNDER - ROUNDER
         return (z + 128.0).to(tl.int32), z * (1 / 32)
     else:

@@ -26,7 +26,7 @@ class Interpreted:
 
     def store(self, state, new, positions, query, mask, slots, shift, first, key, rows=None):
         form = Format.parse(key)
-        assert store.unserved(state, new, query, mask, slots, form) is None
+        assert store.unserved(state, new, query, mask, form) is None
         operands = state, new, positions, query, mask, slots, shift, first, form, rows
         store.store(*operands, wrap=interpreted, blocks=BLOCKS)
 
@@ -267,7 +267,7 @@ def test_what_the_kernels_do_not_serve():
     new = tokens_of(state, 2)
 
     def why(new=new, query=None, mask=None, form=state.format):
-        return store.unserved(state.buffer, new, query, mask, state.slots, form)
+        return store.unserved(state.buffer, new, query, mask, form)
 
     assert why() is None
     assert (
