@@ -134,11 +134,11 @@ def _look(
     BLOCK_HEADS: tl.constexpr,
 ):
     """The flags NONZERO, ORDINARY and QUERIED of the tokens `t`, ``[N]``."""
-    c = tl.arange(SIZE)[None, None, :]
+    c = tl.arange(0, SIZE)[None, None, :]
     nonzero = tl.zeros([N], tl.int32)
     beyond = tl.zeros([N], tl.int32)
     for h0 in range(0, heads, BLOCK_HEADS):
-        h = h0 + tl.arange(BLOCK_HEADS)[None, :, None]
+        h = h0 + tl.arange(0, BLOCK_HEADS)[None, :, None]
         mask = kept[:, None, None] & (h < heads) & (c < HEAD_DIM)
         at = b * new_b + h.to(tl.int64) * new_h + t[:, None, None].to(tl.int64) * new_t + c * new_d
         x = tl.abs(tl.load(NEW + at, mask=mask, other=0.0).to(tl.float32))
@@ -148,7 +148,7 @@ def _look(
     if QUERY is not None:
         beyond = tl.zeros([N], tl.int32)
         for h0 in range(0, query_heads, BLOCK_HEADS):
-            h = h0 + tl.arange(BLOCK_HEADS)[None, :, None]
+            h = h0 + tl.arange(0, BLOCK_HEADS)[None, :, None]
             mask = kept[:, None, None] & (h < query_heads) & (c < HEAD_DIM)
             at = b * query_b + h.to(tl.int64) * query_h + t[:, None, None].to(tl.int64) * query_t + c * query_d
             x = tl.abs(tl.load(QUERY + at, mask=mask, other=0.0).to(tl.float32))
@@ -219,7 +219,7 @@ def _written(gains, b, heads, slot, wanted, slots, N: tl.constexpr):
 def find_owners(POSITIONS, ROWS, OWNERS, STATE, tokens, slots, shift, rows_b, rows_t, owners_b, N: tl.constexpr):
     """The last token to go to each slot. `OWNERS`: int32 ``[batch, slots + window]``, all -1 before."""
     b = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1) * N + tl.arange(N)
+    t = tl.program_id(1) * N + tl.arange(0, N)
     position, kept = _kept(POSITIONS, ROWS, b, t, tokens, slots, rows_b, rows_t)
     origin = tl.load(STATE.to(tl.pointer_type(tl.int64))) + shift
     slot = _advanced(_origin_index(origin, slots), tl.where(kept, position, 0).to(tl.int32), slots)
@@ -261,7 +261,7 @@ def look_at_tokens(
 ):
     """Flags of each token up to QUERIED, and the last token to go to each place of the window."""
     b = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1) * N + tl.arange(N)
+    t = tl.program_id(1) * N + tl.arange(0, N)
     position, kept = _kept(POSITIONS, ROWS, b, t, tokens, slots, rows_b, rows_t)
     distance = tl.where(kept, position, 0).to(tl.int32)
     origin = tl.load(STATE.to(tl.pointer_type(tl.int64))) + shift
@@ -297,13 +297,13 @@ def find_admitted(
 ):
     """Columns that some head and some query admit: uint8 ``[batch | 1, length]``."""
     b = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * N + tl.arange(N)
+    column = tl.program_id(1) * N + tl.arange(0, N)
     outside = (column >= length).to(tl.int32)
     found = outside
     count = mask_heads * mask_queries
     done = 0
     while (done < count) & (tl.min(found, 0) == 0):  # the last query of a causal mask admits the most
-        i = count - 1 - done - tl.arange(QUERIES)
+        i = count - 1 - done - tl.arange(0, QUERIES)
         at = b * mask_b + (i // mask_queries).to(tl.int64) * mask_h + (i % mask_queries).to(tl.int64) * mask_q
         at = at[:, None] + column[None, :].to(tl.int64) * mask_c
         wanted = (i >= 0)[:, None] & (column < length)[None, :]
@@ -344,7 +344,7 @@ def _list_pending(
     BLOCK_SINKS: tl.constexpr,
 ):
     """Writes the slots of copies without a code, -1 for others; whether the write would leave one without a copy."""
-    k = tl.arange(BLOCK_SINKS)
+    k = tl.arange(0, BLOCK_SINKS)
     sink = start + k
     sink_distance, in_cache = _distance(sink, origin, slots)
     in_cache &= k < sinks
@@ -356,7 +356,7 @@ def _list_pending(
     sinks_after = tl.where(receives, sink, tl.load(sink_positions + k, mask=k < sinks, other=-1))
     lost = tl.zeros([], tl.int32)
     for c0 in range(0, window + sinks, N):
-        c = c0 + tl.arange(N)
+        c = c0 + tl.arange(0, N)
         of_window = c < window
         of_sinks = (c >= window) & (c < window + sinks)
         label = tl.load(window_positions + c, mask=of_window, other=-1)
@@ -462,7 +462,7 @@ def plan_write(
     highest = tl.full([], -1, tl.int64)
     lowest = tl.full([], _NEVER, tl.int64)
     for t0 in range(0, tokens, N):
-        t = t0 + tl.arange(N)
+        t = t0 + tl.arange(0, N)
         position, kept = _kept(POSITIONS, ROWS, b, t, tokens, slots, rows_b, rows_t)
         highest = tl.maximum(highest, tl.max(position, 0))
         lowest = tl.minimum(lowest, tl.min(tl.where(kept, position, _NEVER), 0))
@@ -471,7 +471,7 @@ def plan_write(
     active = valid & (highest >= 0)
     writes = active & (lowest < _NEVER)
     if ONE:
-        t = tl.arange(N)
+        t = tl.arange(0, N)
         position, kept = _kept(POSITIONS, ROWS, b, t, tokens, slots, rows_b, rows_t)
         flags = _look(
             NEW, QUERY, b, t, kept, heads, new_b, new_h, new_t, new_d, query_heads, query_b, query_h, query_t, query_d,
@@ -497,7 +497,7 @@ def plan_write(
             column = tl.cast(tl.maximum(0, -first), tl.int64)
             found = tl.full([], _NEVER, tl.int64)
             while (column < mask_length) & (found == _NEVER):
-                at = column + tl.arange(BLOCK_COLUMNS)
+                at = column + tl.arange(0, BLOCK_COLUMNS)
                 admitted = _admits(
                     MASK, b, at, at < mask_length, mask_heads, mask_queries, mask_b, mask_h, mask_q, mask_c, MASKED,
                     BLOCK_COLUMNS,
@@ -514,7 +514,7 @@ def plan_write(
     paddings = tl.zeros([], tl.int64)
     uncovered = tl.zeros([], tl.int32)  # whether a token would have neither a code nor a copy
     for t0 in range(0, tokens, N):
-        t = t0 + tl.arange(N)
+        t = t0 + tl.arange(0, N)
         position = tl.load(POSITIONS + t, mask=t < tokens, other=-1)
         if not ONE:
             flags = tl.load(token_flags + t, mask=t < tokens, other=0).to(tl.int32)
@@ -564,7 +564,7 @@ def plan_write(
         # A set is free if no token names it, those about to be overwritten aside.
         used = tl.zeros([BLOCK_SLOTS], tl.int64)
         for s0 in range(0, slots, BLOCK_SLOTS):
-            index = s0 + tl.arange(BLOCK_SLOTS)
+            index = s0 + tl.arange(0, BLOCK_SLOTS)
             inside = index < slots
             # Seen from the origin, what leaves the cache is behind the last slot.
             freed = _advanced(slots - slot0, tl.where(inside, index, 0), slots) >= slots - shift
@@ -695,7 +695,7 @@ def _free_slots(gains, b, h, heads, slots, shift, slot0, spared, N: tl.constexpr
     kept = padded_slots(slots)
     begin = _advanced(slot0, slots - count, slots)
     for i0 in range(0, count, N):
-        i = i0 + tl.arange(N)[None, :]
+        i = i0 + tl.arange(0, N)[None, :]
         slot = _advanced(begin, tl.minimum(i, slots - 1), slots)
         at = (b * heads + h) * kept + slot
         tl.store(gains + at, tl.full(at.shape, -1.0, tl.float16), mask=(i < count) & (slot != spared) & (h < heads))
@@ -735,14 +735,14 @@ def sum_tokens(
     b = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     run = tl.program_id(2)
-    c = tl.arange(SIZE)
+    c = tl.arange(0, SIZE)
     average = tl.zeros([SIZE], tl.float32)
     deviation = tl.zeros([SIZE], tl.float32)
     energy = tl.zeros([SIZE], tl.float32)
     seen = tl.zeros([], tl.float32)
     token_flags = PLAN + b * plan_b + FIELDS + window + sinks
     for t0 in range(run * TILES * N, tl.minimum(tokens, (run + 1) * TILES * N), N):
-        t = t0 + tl.arange(N)
+        t = t0 + tl.arange(0, N)
         flags = tl.load(token_flags + t, mask=t < tokens, other=0)
         counted = (flags & COUNTED) != 0
         added = tl.sum(counted.to(tl.float32), 0)
@@ -808,7 +808,7 @@ def fit_rows(
         _free_slots(gains, b, tl.full([1, 1], 0, tl.int64) + h, heads, slots, shift, slot0, -1, BLOCK_SLOTS)
     if tl.load(plan + ACTIVE) == 0:
         return
-    channel = tl.arange(SIZE)[None, :]
+    channel = tl.arange(0, SIZE)[None, :]
     mask = channel < HEAD_DIM
     at = (b * heads + h) * HEAD_DIM + channel
     goes_on = mask & (tl.load(plan + BEGIN) == 0)
@@ -908,7 +908,7 @@ def _put(
     SIZE: tl.constexpr = ORDER * RUN_PADDED
     channel, valid = column_channels(SIZE, RUN, RUN_PADDED)
     copies = window + sinks
-    n = tl.arange(N)
+    n = tl.arange(0, N)
     h = (h0 + n // T)[:, None].to(tl.int64)
     item = (i + n % T)[:, None]
     fitted = tl.load(plan + FITTED) >= 0
@@ -996,7 +996,7 @@ def write_tokens(
     if tl.load(plan + ACTIVE) == 0:
         return
     channel, valid = column_channels(ORDER * RUN_PADDED, RUN, RUN_PADDED)
-    h = (h0 + tl.arange(H))[:, None].to(tl.int64)
+    h = (h0 + tl.arange(0, H))[:, None].to(tl.int64)
     mean, scale, weight = _set_of(
         plan, means, scales, weights, b, h, heads, sets, channel, valid & (h < heads), KEY, HEAD_DIM
     )
@@ -1035,7 +1035,7 @@ def _label(
     start = tl.load(plan + START)
     slot0 = tl.load(plan + SLOT).to(tl.int32)
     for c0 in range(0, window + sinks, N):
-        c = c0 + tl.arange(N)
+        c = c0 + tl.arange(0, N)
         of_window = c < window
         of_sinks = (c >= window) & (c < window + sinks)
         at_window = window_positions + b * window + c
@@ -1139,9 +1139,9 @@ def copy_tokens(
     origin = tl.load(plan + ORIGIN)
     start = tl.load(plan + START)
     dtype = NEW.dtype.element_ty
-    d = tl.arange(SIZE)[None, :]
+    d = tl.arange(0, SIZE)[None, :]
     for c0 in range(0, window + sinks, N):
-        c = c0 + tl.arange(N)
+        c = c0 + tl.arange(0, N)
         owner = _copy_owner(plan, OWNERS, b, c, origin, start, slots, sinks, window, owners_b, 0, False, False)
         mask = (owner >= 0)[:, None] & (d < HEAD_DIM)
         at = b * new_b + h * new_h + owner[:, None].to(tl.int64) * new_t + d * new_d
@@ -1218,7 +1218,7 @@ def write_one(
     kept = active & ((entry & KEPT) != 0)
     copied = kept & ((entry & NONZERO) != 0)
     channel, valid = column_channels(ORDER * RUN_PADDED, RUN, RUN_PADDED)
-    h = (h0 + tl.arange(H))[:, None].to(tl.int64)
+    h = (h0 + tl.arange(0, H))[:, None].to(tl.int64)
     if shift > 0:
         if tl.load(plan + VALID) != 0:
             spared = tl.where(kept, one_slot, -1)
@@ -1305,7 +1305,7 @@ def plan_raw(STATE, PLAN, POSITIONS, slots, tokens, shift, N: tl.constexpr):
     header = STATE.to(tl.pointer_type(tl.int64))
     highest = tl.full([], -1, tl.int64)
     for t0 in range(0, tokens, N):
-        t = t0 + tl.arange(N)
+        t = t0 + tl.arange(0, N)
         highest = tl.maximum(highest, tl.max(tl.load(POSITIONS + t, mask=t < tokens, other=-1), 0))
     valid = highest < slots
     tl.device_assert(valid, "decoquant store: a position is outside of the cache")
@@ -1353,9 +1353,9 @@ def write_raw(
     dtype = NEW.dtype.element_ty
     # The header and the rows of the batch, of 40 bytes, lie before it.
     raw = (STATE + 64 + (batch * 40 + 63) // 64 * 64).to(tl.pointer_type(dtype)) + (b * heads + h) * slots * HEAD_DIM
-    d = tl.arange(SIZE)[None, :]
+    d = tl.arange(0, SIZE)[None, :]
     if ONE:
-        position, kept = _kept(POSITIONS, ROWS, b, tl.arange(1), tokens, slots, rows_b, rows_t)
+        position, kept = _kept(POSITIONS, ROWS, b, tl.arange(0, 1), tokens, slots, rows_b, rows_t)
         one_kept = tl.max(kept.to(tl.int32), 0) != 0
         one_slot = _advanced(slot0, tl.max(tl.where(kept, position, 0), 0).to(tl.int32), slots)
     else:
@@ -1364,12 +1364,12 @@ def write_raw(
     count = tl.minimum(shift, slots)
     begin = _advanced(slot0, slots - count, slots)
     for i0 in range(tl.program_id(2) * N, count, tl.num_programs(2) * N):
-        i = i0 + tl.arange(N)
+        i = i0 + tl.arange(0, N)
         slot = _advanced(begin, tl.minimum(i, slots - 1), slots)
         owner = _owner(OWNERS, b, owners_b, slot, i < count, one_slot, one_kept, ONE)
         mask = ((i < count) & (owner < 0))[:, None] & (d < HEAD_DIM)
         tl.store(raw + slot[:, None].to(tl.int64) * HEAD_DIM + d, tl.zeros([N, SIZE], dtype), mask=mask)
-    t = tl.program_id(2) * N + tl.arange(N)
+    t = tl.program_id(2) * N + tl.arange(0, N)
     position, kept = _kept(POSITIONS, ROWS, b, t, tokens, slots, rows_b, rows_t)
     slot = _advanced(slot0, tl.where(kept, position, 0).to(tl.int32), slots)
     if not ONE:
