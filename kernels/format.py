@@ -91,6 +91,8 @@ class Layout:
     """Number of planes."""
     slots: int
     """Slots of the cache; the slot axes of the sections behind the planes are padded to whole tiles."""
+    sets: int
+    """Parameter sets of a row."""
 
     def views(self, buffer: Tensor) -> Sections:
         """Typed views of `buffer`, a contiguous uint8 ``[nbytes]``."""
@@ -233,4 +235,4 @@ def _layout(form: Format, batch: int, heads: int, slots: int) -> Layout:
     for dtype, shape in shapes:
         spans.append((offset, dtype, shape))
         offset += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    return Layout(offset, tuple(spans), len(packed), slots)
+    return Layout(offset, tuple(spans), len(packed), slots, sets)

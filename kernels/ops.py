@@ -113,6 +113,25 @@ def _native_or(portable: Callable[..., Any], method: str) -> Callable[..., Any]:
     return run
 
 
+def _store_triton(
+    state: Tensor,
+    new: Tensor,
+    positions: Tensor,
+    query: Tensor | None,
+    mask: Tensor | None,
+    slots: int,
+    shift: int,
+    first: int,
+    format: str,  # noqa: A002
+    rows: Tensor | None = None,
+) -> Callable[..., None] | None:
+    """As `_attend_triton`."""
+    writes, form = triton.writes(), Format.parse(format)
+    if writes is None or writes.unserved(state, new, query, mask, form) is not None:
+        return None
+    return lambda **wrap: writes.store(state, new, positions, query, mask, slots, shift, first, form, rows, **wrap)
+
+
 def _attend_triton(*args: Any) -> Callable[..., Tensor] | None:
     """Launches that do what `_attend` does with such arguments, given how to wrap a kernel; None: there are none."""
     query, _, _, key, value, *_ = args
@@ -157,6 +176,7 @@ def _register(schema: str, portable: Callable[..., Any], fake: Callable[..., Any
 _register(_STORE, _store, _store_fake)
 _register(_ATTEND, _attend, _attend_fake)
 _register(_DEQUANTISE, _dequantise, _dequantise_fake)
+_register_cuda("store_v3", _store, _store_triton)
 _register_cuda("attend_v3", _attend, _attend_triton)
 _register_cuda("dequantise_v3", _dequantise, _dequantise_triton)
 

@@ -7,6 +7,7 @@ interpreter (of Triton 3.8) lacks is put right for the time of a launch:
   anyone asked for the interpreter: calling one runs its body.
 - bfloat16 is kept as 16-bit integers, and arithmetic, casts and dot products are done on these bits
   (triton-lang/triton 10945, 11584, 11604): they are done in float32 and rounded to the nearest even number.
+- A fused multiply-add of float32 rounds twice: here it is done in float64.
 - Inline assembly is not supported: the few PTX instructions that the kernels use are evaluated here.
 
 Not thread-safe. Kernels see no bounds: an unmasked load out of range reads the memory of the process.
@@ -125,7 +126,10 @@ def _create_dot(self, a, b, d, *rest):
 
 def _create_fma(self, x, y, z):
     if not _is_bfloat16(z):
-        return _stock["create_fma"](self, x, y, z)
+        if z.dtype.scalar != tl.float32:
+            return _stock["create_fma"](self, x, y, z)
+        fused = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(fused.astype(np.float32), tl.float32)
     return _narrow(_widen(x) * _widen(y) + _widen(z))
 
 
