@@ -4,7 +4,7 @@ The version in each name is part of the stored format: torch's compile caches kn
 changed schema or state needs a new one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -135,29 +135,40 @@ def _store_triton(
 def _attend_triton(*args: Any) -> Callable[..., Tensor] | None:
     """Launches that do what `_attend` does with such arguments, given how to wrap a kernel; None: there are none."""
     query, _, _, key, value, *_ = args
-    launches, forms = triton.launches(), [Format.parse(form) for form in args[-2:]]
+    sink = args[14] if len(args) > 14 else None
+    launches, forms = triton.launches(), [Format.parse(form) for form in args[12:14]]
     if launches is None or not launches.serves(query, key, value, *forms):
         return None
-    return lambda **wrap: launches.attend(*args[:-2], *forms, **wrap)
+    return lambda **wrap: launches.attend(*args[:12], *forms, sink=sink, **wrap)
 
 
 def _dequantise_triton(*args: Any) -> Callable[..., Tensor] | None:
     """As `_attend_triton`."""
-    launches, form = triton.launches(), Format.parse(args[-1])
+    launches, form = triton.launches(), Format.parse(args[4])
     if launches is None or form.head_dim > launches.HEAD_DIM_MAX:
         return None
-    return lambda **wrap: launches.dequantise(*args[:-1], form, **wrap)
+    return lambda **wrap: launches.dequantise(*args[:4], form, **wrap)
+
+
+def _is_static(args: Sequence[Any]) -> bool:
+    """Whether all sizes are constant: launches are laid out by them, and a size that was made one would be a guard.
+
+    Where one is not, the operator stays whole in the compiled graph and launches when it runs. The size of a state, the
+    only tensor of bytes, is always symbolic, and not looked at.
+    """
+    sizes = [n for x in args if isinstance(x, Tensor) and x.dtype != torch.uint8 for n in x.shape]
+    return all(type(n) is not torch.SymInt for n in (*args, *sizes))
 
 
 def _register_cuda(name: str, portable: Callable[..., Any], serve: Callable[..., Callable[..., Any] | None]) -> None:
-    """Launches where they serve, `portable` elsewhere; Inductor sees the launches themselves and places them."""
+    """Launches where they serve, `portable` elsewhere; Inductor sees them and places them if all sizes are constant."""
 
     def run(*args: Any) -> Any:
         launch = serve(*args)
         return portable(*args) if launch is None else launch(wrap=lambda kernel: kernel)
 
     def inline(*args: Any) -> Any:
-        launch = serve(*args) if args[0].device.type == "cuda" else None
+        launch = serve(*args) if args[0].device.type == "cuda" and _is_static(args) else None
         return NotImplemented if launch is None else launch()
 
     _LIBRARY.impl(name, run, "CUDA")
@@ -176,9 +187,9 @@ def _register(schema: str, portable: Callable[..., Any], fake: Callable[..., Any
 _register(_STORE, _store, _store_fake)
 _register(_ATTEND, _attend, _attend_fake)
 _register(_DEQUANTISE, _dequantise, _dequantise_fake)
-_register_cuda("store_v3", _store, _store_triton)
-_register_cuda("attend_v3", _attend, _attend_triton)
-_register_cuda("dequantise_v3", _dequantise, _dequantise_triton)
+_register_cuda("store_v4", _store, _store_triton)
+_register_cuda("attend_v4", _attend, _attend_triton)
+_register_cuda("dequantise_v4", _dequantise, _dequantise_triton)
 
 store: Final = torch.ops.decoquant.store_v4.default
 """`reference.store` with the format as a key."""
