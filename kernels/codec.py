@@ -34,11 +34,11 @@ LIMIT: Final = 2.0**50
 GAIN_MAX: Final = 65504.0
 """Largest float16: gains saturate here. Fitted tokens have a gain near 1."""
 
-_BALANCE_FLOOR: Final = 1e-6  # of the largest channel variance
-_IDENTITY_SHARE: Final = 0.02  # mixed into the query weights: the channels that today's queries ignore may matter later
-_CONSTANT_FLOOR: Final = 2.0**-16  # variance, relative to the mean's square, below which a channel counts as constant
-_COORDINATE_LIMIT: Final = 2.0**24  # beyond what any gain can express; its square is finite
-_LEAST_COSINE: Final = 0.5**0.5  # a gain that keeps the product with entries further off than 45 degrees would explode
+BALANCE_FLOOR: Final = 1e-6  # of the largest channel variance
+IDENTITY_SHARE: Final = 0.02  # mixed into the query weights: the channels that today's queries ignore may matter later
+CONSTANT_FLOOR: Final = 2.0**-16  # variance, relative to the mean's square, below which a channel counts as constant
+COORDINATE_LIMIT: Final = 2.0**24  # beyond what any gain can express; its square is finite
+LEAST_COSINE: Final = 0.5**0.5  # a gain that keeps the product with entries further off than 45 degrees would explode
 
 # Lloyd-Max quantisers of a standard normal in units of 1 / _STEPS: the positive half; the other half mirrors it.
 # The number of steps is the one that costs least when entries are rounded to int8 (0.6 % of the error at 5 bits, the
@@ -202,7 +202,7 @@ def weights(energy: Tensor) -> Tensor:
     """
     average = energy.mean(-1, keepdim=True)
     relative = torch.where(average > 0, energy / average.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
-    return ((1 - _IDENTITY_SHARE) * relative + _IDENTITY_SHARE).bfloat16()
+    return ((1 - IDENTITY_SHARE) * relative + IDENTITY_SHARE).bfloat16()
 
 
 def fit(mean: Tensor, variance: Tensor, weight: Tensor | None, *, role: Role) -> Parameters:
@@ -225,8 +225,8 @@ def fit(mean: Tensor, variance: Tensor, weight: Tensor | None, *, role: Role) ->
     centre = (mean if role == "key" else torch.zeros_like(mean)).bfloat16()
     # Spread about the rounded mean, which is what the codes will have to express. A channel that was constant so far
     # leaves room for later tokens that differ by as much as its own size.
-    spread = (variance + (mean - centre.float()) ** 2).maximum(_CONSTANT_FLOOR * centre.float() ** 2)
-    floor = (_BALANCE_FLOOR * spread.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    spread = (variance + (mean - centre.float()) ** 2).maximum(CONSTANT_FLOOR * centre.float() ** 2)
+    floor = (BALANCE_FLOOR * spread.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
     if role == "value":
         balance = spread.maximum(floor).rsqrt()
     else:
@@ -323,7 +323,7 @@ def encode(x: Tensor, parameters: Parameters, weight: Tensor | None, *, role: Ro
     head_dim = x.shape[-1]
     order = head_dim & -head_dim
     tiny = torch.finfo(torch.float32).tiny
-    balanced = ((x.clamp(-LIMIT, LIMIT) - mean) * scale).clamp(-_COORDINATE_LIMIT, _COORDINATE_LIMIT)
+    balanced = ((x.clamp(-LIMIT, LIMIT) - mean) * scale).clamp(-COORDINATE_LIMIT, COORDINATE_LIMIT)
     y = rotate(balanced)
     # At 8 bits a grid up to the largest magnitude: half the error of a fixed clip, and an outlier is never cut off.
     size = y.abs().amax(-1) * (steps(8) / 127) if bits == 8 else (y.square().sum(-1) / head_dim).sqrt()
@@ -337,7 +337,7 @@ def encode(x: Tensor, parameters: Parameters, weight: Tensor | None, *, role: Ro
     power = (balanced * priced).sum(-1)
     inner = (entry * priced).sum(-1)
     norm = (entry.square() * price).sum(-1)
-    near = inner * inner >= _LEAST_COSINE**2 * power * norm
+    near = inner * inner >= LEAST_COSINE**2 * power * norm
     wanted = power / inner.clamp_min(tiny) if role == "key" else (power / norm.clamp_min(tiny)).sqrt()
     gain = torch.where(near, wanted, inner / norm.clamp_min(tiny))
     return codes, torch.where(inner > 0, gain, 0.0).clamp_max(GAIN_MAX).half()

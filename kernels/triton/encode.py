@@ -22,14 +22,18 @@ from decoquant_compile.kernels import codec
 LIMIT = tl.constexpr(codec.LIMIT)
 GAIN_MAX = tl.constexpr(codec.GAIN_MAX)
 TINY = tl.constexpr(2.0**-126)
-COORDINATE_LIMIT = tl.constexpr(codec._COORDINATE_LIMIT)
-BALANCE_FLOOR = tl.constexpr(codec._BALANCE_FLOOR)
-CONSTANT_FLOOR = tl.constexpr(codec._CONSTANT_FLOOR)
-IDENTITY_SHARE = tl.constexpr(codec._IDENTITY_SHARE)
-QUERY_SHARE = tl.constexpr(1 - codec._IDENTITY_SHARE)
-LEAST_SQUARED_COSINE = tl.constexpr(codec._LEAST_COSINE**2)
+COORDINATE_LIMIT = tl.constexpr(codec.COORDINATE_LIMIT)
+BALANCE_FLOOR = tl.constexpr(codec.BALANCE_FLOOR)
+CONSTANT_FLOOR = tl.constexpr(codec.CONSTANT_FLOOR)
+IDENTITY_SHARE = tl.constexpr(codec.IDENTITY_SHARE)
+QUERY_SHARE = tl.constexpr(1 - codec.IDENTITY_SHARE)
+LEAST_SQUARED_COSINE = tl.constexpr(codec.LEAST_COSINE**2)
 FLOAT_MAX = tl.constexpr((2 - 2.0**-23) * 2.0**127)
 ROUNDER = tl.constexpr(1.5 * 2.0**23)  # x + ROUNDER - ROUNDER is x rounded to an integer, ties to even
+
+
+_NEVER = 2.0**127
+"""No value lies above this threshold. Not infinity: Inductor copies tables with the kernels, and `inf` is no literal."""
 
 
 def _single(x: float) -> float:
@@ -43,7 +47,7 @@ def _tables() -> tuple[tuple[float, ...], tuple[float, ...]]:
     for bits in (2, 3, 4, 5):
         book = [_single(entry / _single(codec.steps(bits))) for entry in codec.entries(bits)]
         entries += book
-        thresholds += [*(_single(low + high) / 2 for low, high in itertools.pairwise(book)), math.inf]
+        thresholds += [*(_single(low + high) / 2 for low, high in itertools.pairwise(book)), _NEVER]
     return tuple(entries), tuple(thresholds)
 
 

@@ -151,7 +151,7 @@ def test_weights_average_one_at_any_scale(head_dim, decades, exponent, seed):
     torch.testing.assert_close(weight.float().mean(-1), torch.ones(3), rtol=2**-8, atol=0)
     assert torch.equal(codec.weights(energy * 2.0**exponent), weight)
     relative = energy / energy.mean(-1, keepdim=True)
-    expected = relative + codec._IDENTITY_SHARE * (1 - relative)
+    expected = relative + codec.IDENTITY_SHARE * (1 - relative)
     torch.testing.assert_close(weight.float(), expected, rtol=2**-8, atol=0)
 
 
