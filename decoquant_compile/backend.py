@@ -12,13 +12,14 @@ from torch import fx
 
 from decoquant_compile import _compat
 from decoquant_compile.allocate import Holding
-from decoquant_compile.handle import CacheTensor, Dims, format_of
+from decoquant_compile.handle import CacheTensor, Dims, format_of, is_whole
 from decoquant_compile.kernels.codec import Role
 from decoquant_compile.kernels.format import Format
+from decoquant_compile.kernels.state import GrowingState
 from decoquant_compile.normalize import Normal, normalise, records_gradients, unsupported
 from decoquant_compile.options import Options
 from decoquant_compile.patterns.cache import CacheWrite
-from decoquant_compile.patterns.match import RebuiltSite, Site, match
+from decoquant_compile.patterns.match import Held, RebuiltSite, Site, match
 from decoquant_compile.patterns.reject import Reject
 from decoquant_compile.patterns.symbols import shape
 from decoquant_compile.report import Finding, GraphReport, Untouched
@@ -108,7 +109,7 @@ def find(
         report.untouched, report.detail = Untouched.UNSUPPORTED, why
         return None
     normal = normalise(gm, example_inputs)
-    results = match(normal)
+    results = match(normal, _held(normal, example_inputs))
     formats = _formats([r for r in results if not isinstance(r, Reject)], normal, example_inputs, options)
     plans: list[Plan] = []
     for result in results:
@@ -121,6 +122,12 @@ def find(
         report.untouched = Untouched.NO_SITE
         return None
     return normal, plans, formats
+
+
+def _held(normal: Normal, example_inputs: Sequence[Any]) -> dict[fx.Node, Held]:
+    """The inputs of a graph that are whole handles."""
+    handles = [(node, x) for node, x in zip(normal.placeholders, example_inputs, strict=True) if is_whole(x)]
+    return {node: Held(x._dims, isinstance(x._state, GrowingState)) for node, x in handles}
 
 
 def mentions_attention(gm: fx.GraphModule) -> bool:

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoquant_compile.handle import JOINS, CacheTensor, Dims, handle_of, internal, settle, stretch_of
+from decoquant_compile.handle import (
+    JOINS,
+    CacheTensor,
+    Dims,
+    format_of,
+    handle_of,
+    internal,
+    settle,
+    state_of,
+    stretch_of,
+)
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import CacheState, GrowingState
 from decoquant_compile.kernels.tiles import TILE
@@ -80,6 +90,26 @@ def opened(
         return Opened(state, stretch.first % TILE, stretch.length, tokens, length)
     state.reserve(tokens)
     return Opened(state, stretch.first, stretch.length, tokens, length)
+
+
+def shown(tensor: object, dims: Dims, form: Format, *, grows: bool) -> Opened:
+    """What a handle shows, to be read alone.
+
+    Args:
+        tensor: the handle.
+        dims: which of its dimensions is batch, head, slot, channel.
+        form: how its tokens are stored.
+        grows: whether its state is a growing one.
+
+    Raises:
+        ValueError: the graph was compiled for a handle of another kind.
+    """
+    if format_of(tensor, dims) == form:
+        if grows and (stretch := stretch_of(tensor, dims)) is not None:
+            return Opened(stretch.state, stretch.first, stretch.length, 0, stretch.length)
+        if not grows and (state := state_of(tensor, dims)) is not None:
+            return Opened(state, 0, state.slots, 0, state.slots)
+    raise ValueError("a cache that is only read is packed in another way than when the graph was compiled")
 
 
 def _ingested(dense: Tensor, form: Format, tokens: int, length: int, mask: tuple[Tensor, int] | None) -> Opened:

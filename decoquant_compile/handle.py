@@ -180,6 +180,11 @@ def stretch_of(tensor: object, dims: Dims) -> Stretch | None:
     return Stretch(root._state, root._first + skipped, length)
 
 
+def is_whole(tensor: object) -> TypeGuard[CacheTensor]:
+    """Whether a tensor is a handle and no view of one."""
+    return isinstance(tensor, CacheTensor) and tensor._state is not None
+
+
 def format_of(tensor: object, dims: Dims) -> Format | None:
     """The format that a handle, or a view of a growing one, is held in; None for anything else."""
     held = state_of(tensor, dims) or stretch_of(tensor, dims)

@@ -18,7 +18,7 @@ from decoquant_compile.kernels.format import Format
 from decoquant_compile.normalize import Normal, finish
 from decoquant_compile.patterns.cache import CacheWrite
 from decoquant_compile.patterns.match import RebuiltCache, RebuiltSite, Site
-from decoquant_compile.patterns.symbols import Int, shape
+from decoquant_compile.patterns.symbols import Int, known, shape
 
 aten = torch.ops.aten
 
@@ -38,7 +38,8 @@ class Binding:
         device: where it is.
         outputs: positions among the graph's results that are to be a handle of the cache after the call; () for a cache
             that is written in place.
-        grows: the state is a growing one, and the result a stretch of it.
+        grows: the state is a growing one, and the cache a stretch of it.
+        writes: whether the graph writes it at all.
     """
 
     index: int | None
@@ -48,6 +49,7 @@ class Binding:
     device: torch.device
     outputs: tuple[int, ...] = ()
     grows: bool = False
+    writes: bool = True
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ class _Rewriter:
             self.graph.erase_node(old)
         held = set(self.states)
         self.normal.mutations = [(value, target) for value, target in self.normal.mutations if target not in held]
-        self.normal.outputs = tuple(None if x in held else x for x in self.normal.outputs)
+        returned = {write.cache for site in attended for write in (site.key, site.value) if write.returned}
+        self.normal.outputs = tuple(None if x in returned else x for x in self.normal.outputs)
         for node in self.graph.find_nodes(op="call_function", target=aten.view.default):
             # A view was chosen for the strides of an operand that may be another now.
             node.target = aten.reshape.default
@@ -196,7 +199,7 @@ class _Rewriter:
         self.states[write.cache] = state
         self.examples.append(example)
         source = "" if write.born else self.normal.source(write.buffer)
-        self.bindings.append(Binding(index, source, dims, format_, device, tuple(outputs), write.grows))
+        self.bindings.append(Binding(index, source, dims, format_, device, tuple(outputs), write.grows, write.writes))
 
     def _make_room(self, write: CacheWrite) -> None:
         """Add the inputs that tell where the tokens of a growing cache stand."""
@@ -254,14 +257,16 @@ class _Rewriter:
             with self.graph.inserting_before(site.core.node):
                 first = self._add(first, 1)
         for write in (site.key, site.value):
-            self.wanted.append((_held(write), site.core.mask if site.read is not None else None, first))
+            # What is only read is held already.
+            mask = site.core.mask if site.read is not None and write.writes else None
+            self.wanted.append((_held(write), mask, first))
 
     def _replace(self, site: Site, key_format: Format, value_format: Format, *, stores: bool) -> None:
         core = site.core
         key_state, value_state = self.states[site.key.cache], self.states[site.value.cache]
         with self.graph.inserting_before(_after_all(site)):
             key, value = self._tokens(site.key, site.dims), self._tokens(site.value, site.dims)
-            tokens = self._size(key, 2)
+            tokens = self._size(key, 2) if site.key.writes else 0
             length = self._size(core.key, 2)
             key_slots, first = self._place(site.key, site)
             value_slots, _ = self._place(site.value, site)
@@ -286,9 +291,10 @@ class _Rewriter:
             if appended:  # the attention sees the cache as it was
                 held = site.key.kept
                 assert held is not None
-                attend(stored if site.key.grows else self._arange(held, tokens, key))
-            if stores:
-                store(key_state, key, core.query, key_slots, key_format)
+                attend(stored if site.key.form == "cat" else self._arange(held, tokens, key))
+            if stores and site.key.writes:
+                seen = known(shape(core.query)[2] == shape(key)[2])  # else they are not of the same tokens
+                store(key_state, key, core.query if seen else None, key_slots, key_format)
                 store(value_state, value, None, value_slots, value_format)
             if site.read is not None and not appended:
                 attend(stored)
@@ -336,6 +342,13 @@ class _Rewriter:
 
     def _tokens(self, write: CacheWrite, dims: tuple[int, int, int, int]) -> fx.Node:
         """The new tokens as the cache would hold them: its dtype, [batch, heads, tokens, channels]."""
+        if not write.writes:
+            batch, heads, _, channels = (self._size(write.cache, dim) for dim in dims)
+            like = write.cache.meta["val"]
+            options = {"dtype": like.dtype, "device": like.device, "pin_memory": False}
+            none = self.graph.call_function(aten.empty.memory_format, ([batch, heads, 0, channels],), options)
+            none.meta["val"] = like.permute(dims)[:, :, :0]
+            return none
         new, dtype = write.new, write.cache.meta["val"].dtype
         if new.meta["val"].dtype != dtype:
             new = self.graph.call_function(aten.to.dtype, (new, dtype))
@@ -363,8 +376,10 @@ class _Rewriter:
             return positions, 0
         if write.start is not None:
             return self._arange(write.start, tokens, like), 0
+        if not write.writes:
+            return self._arange(0, 0, like), 0
         assert write.kept is not None
-        if write.grows:
+        if write.form == "cat":
             return self._arange(self._add(first, write.kept), tokens, like), 0
         return self._arange(self._sub(slots, tokens), tokens, like), self._sub(self._add(write.kept, tokens), slots)
 
@@ -376,7 +391,7 @@ class _Rewriter:
             tail: slot of the first new token where the new tokens are the last of the cache.
             shift: how far the write moves the cache to the left.
         """
-        if site.key.grows:
+        if site.key.form == "cat":
             return self._place(site.key, site)[1] if site.read is not None else None
         if site.read is not None:
             return site.read.first if site.read.after_write else self._sub(site.read.first, shift)

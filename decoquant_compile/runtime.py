@@ -138,7 +138,7 @@ class PackedGraph:
         """Run it, in Dynamo's calling convention."""
         announce(self.report)
         self.report.calls += 1
-        in_place = [i for i, binding in enumerate(self.bindings) if not binding.outputs]
+        in_place = [i for i, binding in enumerate(self.bindings) if binding.writes and not binding.outputs]
         foreign = [i for i in in_place if not _is_held(self._tensor(args, i), self.bindings[i])]
         try:
             if foreign:
@@ -180,6 +180,9 @@ class PackedGraph:
         taken: set[int] = set()
         sizes = self.sizes(args)
         for i, (binding, row) in enumerate(zip(self.bindings, sizes, strict=True)):
+            if not binding.writes:
+                opened[i] = growth.shown(self._tensor(args, i), binding.dims, binding.format, grows=binding.grows)
+                continue
             if not binding.outputs:
                 continue
             tensor, mask = self._tensor(args, i), None
@@ -204,6 +207,8 @@ class PackedGraph:
         results = list(results)
         for i, held in opened.items():
             binding = self.bindings[i]
+            if not binding.writes:
+                continue
             handle = held.handle(binding.dims)
             for output in binding.outputs:
                 results[output] = handle

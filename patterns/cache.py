@@ -40,7 +40,8 @@ class CacheWrite:
     """New tokens placed in one cache tensor.
 
     Attributes:
-        form: "index_copy", "index_put", "scatter", "where", "slice", "roll", "append", "replace" or "cat".
+        form: "index_copy", "index_put", "scatter", "where", "slice", "roll", "append", "replace" or "cat"; "read" where
+            the graph only reads the cache: there are no new tokens, and `value` and `new` are the buffer.
         buffer: the cache tensor, a graph input; of a cache that the graph creates, what it is created from.
         value: the tensor after the write, which the graph copies into `buffer` or, if `returned`, gives its caller.
         new: the tokens written, dims in the buffer's order; sizes are those of the buffer but for `slot_dim`; where its
@@ -57,6 +58,7 @@ class CacheWrite:
         offset: "append": the slot, before the write, that stands first in `seen`.
         returned: the value is a tensor of its own, and the buffer stays what it is.
         partial: dim along which only the first sequences are written, as many as `new` has; None writes all.
+        is_stretch: with "read": the buffer is a handle of a growing cache.
     """
 
     form: str
@@ -72,6 +74,7 @@ class CacheWrite:
     offset: Int = 0
     returned: bool = False
     partial: int | None = None
+    is_stretch: bool = False
 
     @property
     def cache(self) -> fx.Node:
@@ -85,8 +88,13 @@ class CacheWrite:
 
     @property
     def grows(self) -> bool:
-        """Whether the cache gets longer, or makes room for new tokens by forgetting, in a tensor of its own."""
-        return self.form == "cat"
+        """Whether the tensor shows a part of a state with room for more."""
+        return self.form == "cat" or self.is_stretch
+
+    @property
+    def writes(self) -> bool:
+        """Whether there is anything to store."""
+        return self.form != "read"
 
 
 def parse(buffer: fx.Node, value: fx.Node) -> CacheWrite | Problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Protocol
@@ -113,6 +113,19 @@ _LINEAR = {
 
 
 @dataclass(frozen=True)
+class Held:
+    """What is known of an input that is packed already.
+
+    Attributes:
+        dims: which of its dims is batch, head, slot, channel.
+        is_stretch: it is a handle of a growing cache.
+    """
+
+    dims: tuple[int, int, int, int]
+    is_stretch: bool
+
+
+@dataclass(frozen=True)
 class _Operand:
     """Keys or values of an attention, traced back to a cache write."""
 
@@ -121,21 +134,22 @@ class _Operand:
     own: bool  # the attention reads the tokens of this call, not the cache
 
 
-def match(normal: Normalised) -> list[Site | RebuiltSite | Reject]:
+def match(normal: Normalised, held: Mapping[fx.Node, Held] | None = None) -> list[Site | RebuiltSite | Reject]:
     """Find every attention and say what it is.
 
     Args:
         normal: the graph.
+        held: the inputs that are packed already: those that the graph only reads are known to be caches by that alone.
 
     Returns:
         One `Site`, `RebuiltSite` or `Reject` for each attention, in the graph's order, then a `Reject` for each
         cache that the graph writes in a known way and no attention reads.
     """
-    return _Matcher(normal).run()
+    return _Matcher(normal, held or {}).run()
 
 
 class _Matcher:
-    def __init__(self, normal: Normalised) -> None:
+    def __init__(self, normal: Normalised, held: Mapping[fx.Node, Held]) -> None:
         self.graph = normal.graph
         self.outputs = [n for n in normal.outputs if isinstance(n, fx.Node)]
         self.mutations = list(normal.mutations)
@@ -151,6 +165,11 @@ class _Matcher:
         for output in dict.fromkeys(self.outputs):
             if len(shape(output)) >= 3 and (write := parse_returned(output)) is not None:
                 self._learn(output, output, write)
+        written = {write.buffer for write in self.writes.values()} | self.evidence.keys()
+        for buffer in [node for node in held if node not in written]:
+            slot, is_stretch = held[buffer].dims[2], held[buffer].is_stretch
+            read = CacheWrite("read", buffer, buffer, buffer, slot, buffer, is_stretch=is_stretch)
+            self._learn(buffer, buffer, read)
         self.read_by: dict[fx.Node, dict[fx.Node, object]] = {}  # cache -> attentions -> caches of keys and values
 
     def _learn(self, cache: fx.Node, value: fx.Node, write: CacheWrite | Problem) -> None:
@@ -164,7 +183,8 @@ class _Matcher:
         if write.form != "replace":
             self.seen[write.seen] = write
             self.evidence[write.seen] = None
-        self.new[write.new] = None if write.new in self.new else write
+        if write.writes:
+            self.new[write.new] = None if write.new in self.new else write
 
     def run(self) -> list[Site | RebuiltSite | Reject]:
         found, known_by = cores(self.graph), anchors(self.graph)
@@ -206,7 +226,7 @@ class _Matcher:
         reading: dict[fx.Node, list[tuple[RebuiltCache, set[flow.Side]]]] = {}
         for buffer, write in self.writes.items():
             # What is returned would have to be the handle.
-            if write.returned or buffer in held or buffer in self.outputs:
+            if write.returned or not write.writes or buffer in held or buffer in self.outputs:
                 continue
             reached = flow.attentions(buffer, write.slot_dim, self.readers, write.value)
             dims = _dims(write)
@@ -228,7 +248,7 @@ class _Matcher:
     def _is_read(self, cache: fx.Node) -> bool:
         """Whether some attention reads the cache after all, so that its reject tells why nobody claimed it."""
         write = self.writes[cache]
-        if self.new[write.new] is None:
+        if not write.writes or self.new[write.new] is None:
             return True
         visited: set[fx.Node] = set()
         todo = [cache, write.seen]
@@ -333,7 +353,7 @@ class _Matcher:
         held = {node for w in sides for node in ((w.seen, w.value) if w.born else (w.buffer,))}
         ours = {write.cache for write in sides}
         kept: list[object] = []
-        for write in (sites[0].key, sites[0].value):
+        for write in sides if sides[0].writes else ():
             kept += [write.new, write.positions, write.start, write.kept, write.offset]
         rewritten: set[fx.Node] = set()
         for site in sites:
@@ -428,9 +448,9 @@ def _sizes(core: AttentionCore, k: CacheWrite, v: CacheWrite, dims: tuple[int, i
         ("batch", query[0], key[batch]),
         ("batch", query[0], value[batch]),
         ("heads", key[head], value[head]),
-        ("queries and new tokens", query[2], shape(k.new)[slot]),
-        ("new tokens", shape(k.new)[slot], shape(v.new)[slot]),
     ]
+    if k.writes:
+        pairs.append(("new tokens", shape(k.new)[slot], shape(v.new)[slot]))
     for what, a, b in pairs:
         if not known(a == b):
             decided = isinstance(a, int) and isinstance(b, int)

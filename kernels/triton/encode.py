@@ -33,7 +33,7 @@ ROUNDER = tl.constexpr(1.5 * 2.0**23)  # x + ROUNDER - ROUNDER is x rounded to a
 
 
 _NEVER = 2.0**127
-"""No value lies above this threshold. Not infinity: Inductor copies tables with the kernels, and `inf` is no literal."""
+"""No value lies above this threshold. Not infinity: Inductor copies tables with kernels, and `inf` is no literal."""
 
 
 def _single(x: float) -> float:
