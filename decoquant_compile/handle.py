@@ -122,12 +122,12 @@ class CacheTensor(Tensor):
         return f"CacheTensor({shape}, role={state.format.role}, bits={state.format.bits}, nbytes={state.nbytes})"
 
 
-def pack(tensor: Tensor, state: CacheState, dims: Dims, storage: torch.UntypedStorage) -> None:
+def pack(tensor: Tensor, state: CacheState, dims: Dims, storage: torch.UntypedStorage, first: int = 0) -> None:
     """Make `tensor` a handle of `state`; `storage`, from `_storage.released`, takes its place and gets its memory."""
     _storage.exchange(tensor, storage)
     tensor.__class__ = CacheTensor
     assert isinstance(tensor, CacheTensor)
-    tensor._state, tensor._dims = state, dims
+    tensor._state, tensor._dims, tensor._first = state, dims, first
 
 
 def state_of(tensor: object, dims: Dims) -> CacheState | None:

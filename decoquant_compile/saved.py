@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from decoquant_compile import _storage
-from decoquant_compile.handle import Dims, dense_shape, handle_of, pack, settle
+from decoquant_compile.handle import Dims, dense_shape, handle_of, pack, settle, stretch_of
 from decoquant_compile.kernels.format import NO_EPOCH, SET, START, UNSET, Format
-from decoquant_compile.kernels.state import CacheState
+from decoquant_compile.kernels.state import CacheState, GrowingState
+from decoquant_compile.kernels.tiles import TILE
 from decoquant_compile.members import members
 from decoquant_compile.takeover import holds_tensors, obstacle
 
@@ -56,7 +57,12 @@ def save(cache: object, path: str | os.PathLike[str]) -> None:
                 state = value._state
                 if state is None:
                     raise ValueError(f"{place.name} is a view of a packed cache; save the whole cache")
-                layout["packed"][place.name] = [state.format.key(), state.batch, state.heads, state.slots, value._dims]
+                shown: list[int] = []
+                if (stretch := stretch_of(value, value._dims)) is not None:  # of a growing cache
+                    last = stretch.first + stretch.length
+                    state, shown = stretch.state.section(stretch.first, last, 0), [stretch.first % TILE, stretch.length]
+                size = [state.batch, state.heads, state.slots]
+                layout["packed"][place.name] = [state.format.key(), *size, value._dims, *shown]
                 value = state.buffer
             tensors[place.name] = value.detach().contiguous()
         elif type(value) in _NUMBERS:
@@ -131,10 +137,12 @@ class _Packed:
 
     state: CacheState
     dims: Dims
+    first: int = 0
+    length: int | None = None
 
     @property
     def shape(self) -> torch.Size:
-        return dense_shape(self.state, self.dims)
+        return dense_shape(self.state, self.dims, self.length)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,12 +219,13 @@ def _packed(content: Tensor, about: list[Any] | None, device: torch.device | str
     """What one tensor of the file stands for; `about` describes it if it is packed."""
     if about is None:
         return content.to(device)
-    key, batch, heads, slots, dims = about
+    key, batch, heads, slots, dims, *shown = about
+    first, length = shown or (0, None)
     try:
         form = Format.parse(key)
     except ValueError as error:
         raise ValueError(f"the file's states are of another version of this package, save it again: {error}") from None
-    state = CacheState.empty(form, batch, heads, slots, device)
+    state = (CacheState if length is None else GrowingState).empty(form, batch, heads, slots, device)
     if content.dtype != torch.uint8 or content.shape != state.buffer.shape:
         raise ValueError(
             f"the file is damaged: a state {key} of {batch} x {heads} x {slots} is uint8 {tuple(state.buffer.shape)}, "
@@ -225,7 +234,11 @@ def _packed(content: Tensor, about: list[Any] | None, device: torch.device | str
     with torch.inference_mode(mode=False):
         state.buffer.copy_(content)
     _check_indices(state)
-    return _Packed(state, tuple(dims))
+    if isinstance(state, GrowingState):
+        if not 0 <= first <= first + length <= slots:
+            raise ValueError(f"the file is damaged: tokens {first} to {first + length} of {slots}")
+        state.end = first + length
+    return _Packed(state, tuple(dims), first, length)
 
 
 def _check_indices(state: CacheState) -> None:
@@ -281,9 +294,9 @@ def _put(owner: Any, key: str | int, is_item: bool, old: object, new: Any) -> No
     """Other references to a tensor, and its static address, stay valid: it is changed, not replaced."""
     if isinstance(new, _Packed):
         if isinstance(old, Tensor):
-            pack(old, new.state, new.dims, new.released())
+            pack(old, new.state, new.dims, new.released(), new.first)
             return
-        new = handle_of(new.state, new.dims)
+        new = handle_of(new.state, new.dims, new.first, new.length)
     elif isinstance(new, Tensor) and isinstance(old, Tensor) and old.device == new.device:
         with torch.no_grad():
             old.copy_(new)

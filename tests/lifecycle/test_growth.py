@@ -176,3 +176,20 @@ def test_one_state_is_not_appended_to_twice_in_a_call():
     second = opened(handle[:, :, :], DIMS, form, 1, 31, None, {id(first.state)}, (2, 3, x.device))
     assert first.state is handle._state
     assert second.state is not first.state
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_saved_and_loaded_it_grows_on(tmp_path, bits):
+    x, y = tokens(90), tokens(30, seed=1)
+    early = grown(x, bits=bits)
+    late = torch.cat([early, y], 2)
+    decoquant_compile.save({"early": early, "part": late, "other": torch.cat([early, x], 2)}, tmp_path / "cache")
+    for fresh in ({"early": None, "part": None, "other": None}, {"early": None, "part": torch.zeros(2, 3, 120, 16)}):
+        if "other" not in fresh:
+            fresh["other"] = torch.zeros(2, 3, 180, 16)
+        loaded = decoquant_compile.load(fresh, tmp_path / "cache")
+        assert torch.equal(loaded["early"] + 0, early + 0)
+        assert torch.equal(loaded["part"] + 0, late + 0)
+        more = torch.cat([loaded["part"], y], 2)
+        assert type(more) is CacheTensor
+        assert torch.equal(more[:, :, -8:] + 0, y[:, :, -8:])
