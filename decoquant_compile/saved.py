@@ -220,7 +220,8 @@ def _packed(content: Tensor, about: list[Any] | None, device: torch.device | str
     if about is None:
         return content.to(device)
     key, batch, heads, slots, dims, *shown = about
-    first, length = shown or (0, None)
+    first: int = shown[0] if shown else 0
+    length: int | None = shown[1] if shown else None
     try:
         form = Format.parse(key)
     except ValueError as error:
@@ -234,7 +235,7 @@ def _packed(content: Tensor, about: list[Any] | None, device: torch.device | str
     with torch.inference_mode(mode=False):
         state.buffer.copy_(content)
     _check_indices(state)
-    if isinstance(state, GrowingState):
+    if isinstance(state, GrowingState) and length is not None:
         if not 0 <= first <= first + length <= slots:
             raise ValueError(f"the file is damaged: tokens {first} to {first + length} of {slots}")
         state.end = first + length
