@@ -1,6 +1,7 @@
 """Caches that grow, and caches that the compiled prefill creates: nothing dense of their length, in no step."""
 
 import copy
+import gc
 import weakref
 
 import pytest
@@ -53,9 +54,8 @@ def test_dynamic_caches(name, attention, eager_prefill):
         assert decoquant_compile.nbytes(tensors(cache)).dense == 0
 
 
-@pytest.mark.parametrize(("name", "prompt"), [("gemma3", 20), ("mistral", 40)])
-def test_static_caches_are_born_packed(name, prompt):
-    model = hugging_face(name)
+def test_static_caches_are_born_packed():
+    model, prompt = hugging_face("gemma3"), 20
     chunks = [prompt, *[1] * 4]
     ids = prompts(2, sum(chunks))
     expected = feed(model, ids, chunks, static_cache(model, 2, early=False))
@@ -65,8 +65,7 @@ def test_static_caches_are_born_packed(name, prompt):
         got = feed(forward, ids[:, :prompt], chunks[:1], cache)
         kinds = [type(tensor).__name__ for tensor in tensors(cache)]
         got = torch.cat((got, feed(forward, ids[:, prompt:], chunks[1:], cache)), 1)
-    # A prompt longer than a sliding window leaves its tail, which no operator says to be a cache, until the next call.
-    assert kinds == ["CacheTensor"] * 4 or prompt > 24
+    assert kinds == ["CacheTensor"] * 4
     assert distance(got, expected) < noise(16)
     assert_packed(tensors(cache))
 
@@ -103,6 +102,7 @@ def test_nothing_dense_of_the_length_of_the_cache(kind):
 
         return run
 
+    backend._decoquant_backend = True
     cache = DynamicCache(config=model.config) if kind == "dynamic" else static_cache(model, 1, 8 * length, early=False)
     torch.compiler.reset()
     feed(torch.compile(model.forward, backend=backend), ids, [length, 1, 1, 1], cache)
@@ -173,6 +173,7 @@ def test_compiled_entries(name, dynamic):
             graphs.append(gm)
             return decoquant_backend(gm, example_inputs, options={"bits": 4}) if kind == "packed" else gm.forward
 
+        backend._decoquant_backend = True
         torch.compiler.reset()
         with torch._inductor.config.patch(ATEN_KERNELS):
             forward = torch.compile(model.forward, backend=backend, dynamic=dynamic, recompile_limit=64)
@@ -180,7 +181,7 @@ def test_compiled_entries(name, dynamic):
                 feed(forward, ids, [length, *[1] * (70 - length)], DynamicCache(config=model.config))
         entries[kind] = len(graphs)
     if name == "llama":
-        assert entries["packed"] <= (3 if dynamic else 4) + (0 if dynamic else 1)
+        assert entries["packed"] <= (3 if dynamic else 4)
     assert entries["packed"] <= 2 * entries["plain"], entries
 
 
@@ -191,4 +192,5 @@ def test_memory_goes_with_the_cache():
         feed(torch.compile(model.forward), IDS, [20, 1, 1], cache)
         states = [weakref.ref(tensor._state) for tensor in tensors(cache)]
     del cache
+    gc.collect()
     assert [state() for state in states] == [None] * 4

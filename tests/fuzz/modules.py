@@ -114,7 +114,7 @@ NEVER = {
         "weights returned",
         "logits returned",
     ),
-    *("last dropped", "returns sum", "second attention", "residual", "reads slot", "softmax twice", "returns old"),
+    *("last dropped", "returns sum", "residual", "reads slot", "softmax twice", "returns old"),
 }
 """Twists after which the attention must not be rewritten, whatever the form, where they have an effect."""
 
