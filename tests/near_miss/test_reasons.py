@@ -77,12 +77,6 @@ def growing_between_others(q, k, v, keys, values, positions, mask):
     return attend(q, keys, values), keys, values
 
 
-@miss(Reason.LAYOUT)  # the cache is what stands first, and more than the queries' tokens come behind it
-def growing_at_the_front(q, k, v, keys, values, positions, mask):
-    keys, values = torch.cat([k, keys], 2), torch.cat([v, values], 2)
-    return attend(q, keys, values), keys, values
-
-
 @miss(Reason.GROWING_CACHE)
 def growing_from_a_part(q, k, v, keys, values, positions, mask):
     keys, values = torch.cat([keys[:, :, 2:], k], 2), torch.cat([values[:, :, 2:], v], 2)
@@ -319,12 +313,6 @@ def part_of_the_heads(q, k, v, keys, values, positions, mask):
 def long_queries():
     _, *rest = cached_arguments()
     return queries(5), *rest
-
-
-@miss(Reason.LAYOUT, long_queries, rebuilt=2)
-def more_queries_than_new_tokens(q, k, v, keys, values, positions, mask):
-    write(keys, values, positions, k, v)
-    return attend(q, keys, values)
 
 
 def three_dims():
