@@ -96,8 +96,8 @@ def find(
     """Normalise a graph and say what to rewrite in it, with a row in the report for each attention.
 
     Returns:
-        The normal form, at least one plan, and the packed format of each cache by its graph input; None, with the
-        reason in the report, where the graph must stay as it is.
+        The normal form, at least one plan, and the packed format of each cache by the node that stands for it; None,
+        with the reason in the report, where the graph must stay as it is.
     """
     if not mentions_attention(gm):
         report.untouched = Untouched.NO_ATTENTION

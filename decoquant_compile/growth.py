@@ -11,6 +11,7 @@ from decoquant_compile.handle import (
     JOINS,
     CacheTensor,
     Dims,
+    Stretch,
     format_of,
     handle_of,
     internal,
@@ -82,14 +83,14 @@ def opened(
     if stretch is None or stretch.state.format != form:
         dense = (tensor.dense() if isinstance(tensor, CacheTensor) else tensor).permute(dims)
         return _ingested(dense, form, tokens, length, mask)
-    state, last = stretch.state, stretch.first + stretch.length
+    state = stretch.state
     is_full = state.end + tokens > state.slots
-    if state.end != last or id(state) in taken or (is_full and stretch.first >= TILE):
+    if state.end != stretch.last or id(state) in taken or (is_full and stretch.first >= TILE):
         # What stands before the stretch is left behind: a sliding window moves to a new buffer once in a while.
-        state = state.section(stretch.first, last, tokens)
-        return Opened(state, stretch.first % TILE, stretch.length, tokens, length)
-    state.reserve(tokens)
-    return Opened(state, stretch.first, stretch.length, tokens, length)
+        stretch = stretch.copied(tokens)
+    else:
+        state.reserve(tokens)
+    return Opened(stretch.state, stretch.first, stretch.length, tokens, length)
 
 
 def shown(tensor: object, dims: Dims, form: Format, *, grows: bool) -> Opened:
@@ -139,9 +140,8 @@ def _place(opened: Opened) -> tuple[int, int]:
 
 def _moved(opened: Opened, room: int) -> Opened:
     assert isinstance(opened.state, GrowingState)
-    last = opened.first + opened.shown
-    state = opened.state.section(opened.first, last, opened.tokens, room)
-    return replace(opened, state=state, first=opened.first % TILE)
+    moved = Stretch(opened.state, opened.first, opened.shown).copied(opened.tokens, room)
+    return replace(opened, state=moved.state, first=moved.first)
 
 
 def _rebuilt(opened: Opened, _: int) -> Opened:

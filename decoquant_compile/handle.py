@@ -123,7 +123,10 @@ class CacheTensor(Tensor):
 
 
 def pack(tensor: Tensor, state: CacheState, dims: Dims, storage: torch.UntypedStorage, first: int = 0) -> None:
-    """Make `tensor` a handle of `state`; `storage`, from `_storage.released`, takes its place and gets its memory."""
+    """Make `tensor` a handle of `state`; `storage`, from `_storage.released`, takes its place and gets its memory.
+
+    `first` is, with a growing state, the slot of its first token.
+    """
     _storage.exchange(tensor, storage)
     tensor.__class__ = CacheTensor
     assert isinstance(tensor, CacheTensor)
@@ -153,6 +156,15 @@ class Stretch:
     state: GrowingState
     first: int
     length: int
+
+    @property
+    def last(self) -> int:
+        """The slot behind it."""
+        return self.first + self.length
+
+    def copied(self, tokens: int = 0, room: int = 0) -> "Stretch":
+        """The same tokens in a state of their own, with room for `tokens` more, and for `room` in all."""
+        return Stretch(self.state.section(self.first, self.last, tokens, room), self.first % TILE, self.length)
 
 
 def stretch_of(tensor: object, dims: Dims) -> Stretch | None:
@@ -200,8 +212,9 @@ def _own(handle: CacheTensor) -> CacheState:
     if isinstance(state, GrowingState):
         stretch = stretch_of(handle, handle._dims)
         assert stretch is not None
-        state = state.section(stretch.first, stretch.first + stretch.length, 0)
-        handle._state, handle._first = state, stretch.first % TILE
+        own = stretch.copied()
+        handle._state, handle._first = own.state, own.first
+        return own.state
     return state
 
 
@@ -505,10 +518,9 @@ def _selection(handle: CacheTensor, index: object) -> Any:
             return NotImplemented
         if (stretch := stretch_of(handle, handle._dims)) is None:
             return handle_of(state.select(index.long()), handle._dims)
-        growing, first = stretch.state, stretch.first
-        if growing.end != first + stretch.length:  # what others have appended since is not part of it
-            growing, first = growing.section(first, first + stretch.length, 0), first % TILE
-        return handle_of(growing.select(index.long()), handle._dims, first, stretch.length)
+        if stretch.state.end != stretch.last:  # what others have appended since is not part of it
+            stretch = stretch.copied()
+        return handle_of(stretch.state.select(index.long()), handle._dims, stretch.first, stretch.length)
 
 
 def _zero_(handle: CacheTensor) -> Any:

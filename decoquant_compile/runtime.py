@@ -133,17 +133,21 @@ class PackedGraph:
     original: fx.GraphModule
     patches: Mapping[str, Any]
     _dense: Callable[..., Sequence[Any]] | None = field(default=None, init=False)
+    _in_place: tuple[int, ...] = field(init=False)  # the numbers of the bindings that are written in place
+
+    def __post_init__(self) -> None:
+        numbered = enumerate(self.bindings)
+        self._in_place = tuple(i for i, binding in numbered if binding.writes and not binding.outputs)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Run it, in Dynamo's calling convention."""
         announce(self.report)
         self.report.calls += 1
-        in_place = [i for i, binding in enumerate(self.bindings) if binding.writes and not binding.outputs]
-        foreign = [i for i in in_place if not _is_held(self._tensor(args, i), self.bindings[i])]
+        foreign = [i for i in self._in_place if not _is_held(self._tensor(args, i), self.bindings[i])]
         try:
             if foreign:
                 self._take_over(args, foreign)
-            opened = self._open(args)
+            opened = self._open(args) if len(self._in_place) < len(self.bindings) else {}
         except Obstructed as error:
             return self._run_dense(args, self._why(foreign, error.reasons))
         except Exception as error:
@@ -174,7 +178,7 @@ class PackedGraph:
         return None if index is None else args[index]
 
     def _open(self, args: Sequence[Any]) -> dict[int, Opened]:
-        """For each binding whose cache is returned, the state that the call writes to."""
+        """For each binding whose cache is returned or only read, the state that the call uses."""
         opened: dict[int, Opened] = {}
         outputs: Sequence[Any] | None = None
         taken: set[int] = set()

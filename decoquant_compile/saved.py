@@ -17,7 +17,6 @@ from decoquant_compile import _storage
 from decoquant_compile.handle import Dims, dense_shape, handle_of, pack, settle, stretch_of
 from decoquant_compile.kernels.format import NO_EPOCH, SET, START, UNSET, Format
 from decoquant_compile.kernels.state import CacheState, GrowingState
-from decoquant_compile.kernels.tiles import TILE
 from decoquant_compile.members import members
 from decoquant_compile.takeover import holds_tensors, obstacle
 
@@ -59,8 +58,8 @@ def save(cache: object, path: str | os.PathLike[str]) -> None:
                     raise ValueError(f"{place.name} is a view of a packed cache; save the whole cache")
                 shown: list[int] = []
                 if (stretch := stretch_of(value, value._dims)) is not None:  # of a growing cache
-                    last = stretch.first + stretch.length
-                    state, shown = stretch.state.section(stretch.first, last, 0), [stretch.first % TILE, stretch.length]
+                    alone = stretch.copied()
+                    state, shown = alone.state, [alone.first, alone.length]
                 size = [state.batch, state.heads, state.slots]
                 layout["packed"][place.name] = [state.format.key(), *size, value._dims, *shown]
                 value = state.buffer

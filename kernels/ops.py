@@ -175,21 +175,24 @@ def _register_cuda(name: str, portable: Callable[..., Any], serve: Callable[...,
     inline_when_traced(f"decoquant::{name}", inline, _LIBRARY)
 
 
-def _register(schema: str, portable: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _register(
+    schema: str,
+    portable: Callable[..., Any],
+    fake: Callable[..., Any],
+    serve: Callable[..., Callable[..., Any] | None],
+) -> None:
     name = schema.partition("(")[0]
     # Any strides will do: else Inductor makes a copy of each argument that it has not laid out yet, at each use.
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     _LIBRARY.impl(name, portable, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, _native_or(portable, name.partition("_")[0]), "CPU")
     torch.library.register_fake(f"decoquant::{name}", fake, lib=_LIBRARY)
+    _register_cuda(name, portable, serve)
 
 
-_register(_STORE, _store, _store_fake)
-_register(_ATTEND, _attend, _attend_fake)
-_register(_DEQUANTISE, _dequantise, _dequantise_fake)
-_register_cuda("store_v4", _store, _store_triton)
-_register_cuda("attend_v4", _attend, _attend_triton)
-_register_cuda("dequantise_v4", _dequantise, _dequantise_triton)
+_register(_STORE, _store, _store_fake, _store_triton)
+_register(_ATTEND, _attend, _attend_fake, _attend_triton)
+_register(_DEQUANTISE, _dequantise, _dequantise_fake, _dequantise_triton)
 
 store: Final = torch.ops.decoquant.store_v4.default
 """`reference.store` with the format as a key."""

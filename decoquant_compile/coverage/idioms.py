@@ -4,6 +4,7 @@ Each is an `Idiom`: an attention with its cache, in buffers or handed in and ret
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -41,7 +42,7 @@ Attended: TypeAlias = tuple[Tensor, Any]
 """An attention ``[batch, tokens, heads, head_dim]``, and the cache where it is no buffer."""
 
 
-class Idiom(nn.Module):
+class Idiom(nn.Module, ABC):
     """One attention; subclasses write the cache and attend."""
 
     k_cache: Tensor
@@ -63,9 +64,9 @@ class Idiom(nn.Module):
         y, cache = self.attend(rotary(q, call.positions), rotary(k, call.positions), v, call)
         return self.out(y.flatten(2)), cache
 
+    @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         """Write the new keys and values, and attend to all; tokens come as ``[batch, tokens, heads, head_dim]``."""
-        raise NotImplementedError
 
 
 def rotary(x: Tensor, positions: Tensor) -> Tensor:

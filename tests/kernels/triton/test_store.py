@@ -13,8 +13,8 @@ from decoquant_compile.kernels import codec, reference
 from decoquant_compile.kernels.format import FITTED, NO_EPOCH, START, TOTAL, Format
 from decoquant_compile.kernels.state import CacheState
 from decoquant_compile.kernels.triton import encode, store
-from tests.kernels.cpu.cases import BITS, Source, Tokens, Write, Writer
-from tests.kernels.cpu.test_store import assert_same, exact, sections, without_rounded
+from tests.kernels.cpu.cases import BITS, Write, Writer
+from tests.kernels.cpu.test_store import assert_same, exact, run, sections, tokens_of, without_rounded
 from tests.kernels.triton.interpret import interpreted
 
 BLOCKS = store.Blocks(heads=4, tokens=32, looked=64, summed=32, tiles=2)
@@ -72,15 +72,6 @@ def test_any_writes_equal_the_oracle_in_a_long_sweep(start):
 
 def empty(bits, *, role="key", batch=1, heads=2, slots=100, head_dim=64, dtype=torch.bfloat16, sinks=2, window=8):
     return CacheState.empty(Format(role, bits, head_dim, dtype, sinks, window), batch, heads, slots, "cpu")
-
-
-def tokens_of(state, count, *, seed=0, dtype=None):
-    form = state.format
-    return Tokens(Source(Random(seed)), state.batch, state.heads, form.head_dim, dtype or form.dtype).make(count)
-
-
-def run(first, stop):
-    return torch.arange(first, stop)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -256,8 +247,8 @@ def test_tables_are_those_of_the_codec():
         table = slice(2**bits - 4, 2 ** (bits + 1) - 4)
         assert encode.ENTRIES.value[table] == tuple(codec.lookup(torch.arange(2**bits).byte(), bits).tolist())
         assert encode.THRESHOLDS.value[table][:-1] == tuple(codec.thresholds(bits, cpu).tolist())
-    for run in range(3, 17, 2):
-        assert encode.cosine_table(run) == tuple(codec.cosines(run, cpu).flatten().tolist())
+    for odd in range(3, 17, 2):
+        assert encode.cosine_table(odd) == tuple(codec.cosines(odd, cpu).flatten().tolist())
     for dtype, masked in store._MASKED.items():
         assert torch.tensor(reference._MASKED, dtype=dtype).item() == masked
 
