@@ -469,6 +469,11 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
 # Kernels
 
 
+def amx_granted() -> bool:
+    """Whether this process may use the tile registers of AMX: the CPU has them and the system grants them when asked."""
+    return bool(torch.cpu._init_amx())
+
+
 def flash_attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:

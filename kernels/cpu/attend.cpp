@@ -234,6 +234,7 @@ class Task {
         row_(row),
         head_(head),
         group_(plan.kernels.group),
+        layout_{group_, is_tiled(key_.bits, group_)},
         maxima_(partial),
         sums_(partial + group_),
         out_(partial + 2 * group_) {
@@ -249,13 +250,14 @@ class Task {
     std::fill(decay_, decay_ + group_, 1.0f);
     load_query();
     if (key_.bits != 16) {
-      factors_.resize(key_.sets * key_.padded_dim * group_ / 2);
+      factors_.resize(key_.sets * layout_.size(key_.padded_dim));
       folds_.resize(key_.sets);
     }
     if (value_.bits != 16) rotated_.assign(group_ * value_.padded_dim, 0.0f);
   }
 
   void run(int64_t begin, int64_t end) {
+    const TileScope tiles(group_, is_tiled(key_.bits, group_) || is_tiled(value_.bits, group_));
     for (int64_t i = begin; i < end; ++i) span(plan_.spans[i]);
     flush();
     apply_out_decay();
@@ -290,7 +292,7 @@ class Task {
   // Folds the queries with a parameter set: once each.
   Folded fold(int64_t set) {
     Fold& fold = folds_[set];
-    int32_t* factor = factors_.data() + set * key_.padded_dim * group_ / 2;
+    int32_t* factor = factors_.data() + set * layout_.size(key_.padded_dim);
     if (!fold.ready) {
       fold.ready = true;
       const int64_t at_set = set_offset(key_, row_, set, head_);
@@ -318,8 +320,8 @@ class Task {
             value[j] = static_cast<int32_t>(std::nearbyintf(scratch_[quad * QUAD + j] * inverse));
             total += static_cast<uint32_t>(value[j]);
           }
-          int32_t* words = factor + (quad * group_ + i) * 2;
-          split_quad(value, words, words + 1);
+          int32_t* words = factor + layout_.at(quad, i);
+          split_quad(value, words, words + layout_.limb_step());
         }
         fold.shift[i] = total * 128;
         fold.scale[i] = peak / limit / static_cast<float>(key_.steps);
@@ -580,6 +582,7 @@ class Task {
   const Rows& rows_;
   int64_t row_, head_;
   int group_;
+  FactorLayout layout_;
   bool same_mask_;
   bool poisoned_[MAX_GROUP];
   float *maxima_, *sums_, *out_;

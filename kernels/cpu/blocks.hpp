@@ -1,11 +1,13 @@
 // The two inner loops of attention: scores of a block of packed keys, weighted sum of a block of packed values.
 #pragma once
 
-#include "simd.hpp"
+#include <algorithm>
+
+#include "amx.hpp"
 
 namespace decoquant {
 
-constexpr int BLOCK = 128;  // tokens whose scores are held at once
+constexpr int BLOCK = 256;  // tokens whose scores are held at once
 constexpr int TILES = BLOCK / TILE;
 
 struct Planes {
@@ -13,9 +15,35 @@ struct Planes {
   const uint8_t* upper;  // the one-bit plane of 5 and 3 bits
 };
 
+// Whether sums of a group of queries are taken by tile registers: with fewer rows or wider codes, vectors are faster.
+constexpr bool is_tiled(int64_t bits, int64_t group) {
+#if defined(__AMX_INT8__)
+  return bits != 16 && group >= (bits == 8 ? 8 : 3);
+#else
+  (void)bits, (void)group;
+  return false;
+#endif
+}
+
+// How the factor that a group of queries is folded to lies in memory, in words: two limbs of each quad and row. Vectors
+// read it quad by quad, [quad][row][limb]; tile registers chunk by chunk, [chunk][row][limb][CHUNK].
+struct FactorLayout {
+  int64_t group;
+  bool tiled;
+
+  int64_t size(int64_t padded_dim) const {
+    const int64_t quads = padded_dim / QUAD;
+    return (tiled ? (quads + CHUNK - 1) / CHUNK * CHUNK : quads) * group * 2;
+  }
+  int64_t at(int64_t quad, int64_t row) const {
+    return tiled ? (quad / CHUNK * group + row) * 2 * CHUNK + quad % CHUNK : (quad * group + row) * 2;
+  }
+  int64_t limb_step() const { return tiled ? CHUNK : 1; }
+};
+
 // A group of queries folded with one parameter set: q . x = gain * scale * (sum of factor * (entry + 128) - shift) + mean.
 struct Folded {
-  const int32_t* factor;  // [padded_dim / QUAD][group][2]
+  const int32_t* factor;  // as `FactorLayout` says
   const uint32_t* shift;  // [group]
   const float* scale;     // [group]
   const float* mean;      // [group]
@@ -26,9 +54,84 @@ struct Folded {
 using Scores = void (*)(const Table& table, const Planes& planes, int64_t padded_dim, const uint16_t* gains,
                         const Folded& query, int64_t first, int64_t last, float* scores);
 
+// Turns integer sums over the channels into the scores of a register of tokens.
+template <int GROUP, class Total>
+DECOQUANT_INLINE void finish_scores(const uint16_t* gains, const Folded& query, int64_t token, float* scores, const Total& total) {
+  const Floats gain = from_half(gains + token);
+  DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+    const Floats product = __builtin_convertvector((Ints)(total(row) - query.shift[row]), Floats);
+    const Floats score = fused(product, gain * query.scale[row], splat(query.mean[row]));
+    store(scores + row * BLOCK + token, select(gain < 0, Floats{}, score));
+  }
+}
+
+#if defined(__AMX_INT8__)
+
+// The codes of a chunk, or what of it there is (the factor is zero beyond), as a tile operand: decoded to `out`, or where
+// they lie if they are entries as they are.
+template <int BITS>
+DECOQUANT_INLINE const Operand* decode(const Book& book, const uint8_t* lower, const uint8_t* upper, int64_t loads,
+                                       int64_t ahead, Operand& out) {
+  constexpr int QUADS = Codes<BITS>::QUADS;
+  if (BITS == 8 && loads >= CHUNK / QUADS) {
+    DECOQUANT_UNROLL for (int line = 0; line < CHUNK; ++line) __builtin_prefetch(lower + ahead + 64 * line, 0, 2);
+    return reinterpret_cast<const Operand*>(lower);
+  }
+  DECOQUANT_UNROLL for (int i = 0; i < CHUNK / QUADS; ++i) {
+    if (i >= loads) break;
+    Codes<BITS>::load(book, lower, upper, out.quad + i * QUADS);
+    DECOQUANT_UNROLL for (int line = 0; line < LOWER_ROWS<BITS>; ++line) {
+      __builtin_prefetch(lower + ahead + 64 * line, 0, 2);
+    }
+    lower += LOWER_ROWS<BITS> * 64;
+    upper += 64;
+  }
+  return &out;
+}
+
+template <int BITS, int GROUP>
+void tiled_scores(const Table& table, const Planes& planes, int64_t padded_dim, const uint16_t* gains,
+                  const Folded& query, int64_t first, int64_t last, float* scores) {
+  constexpr int LOADS = CHUNK / Codes<BITS>::QUADS;  // of a chunk
+  constexpr FactorLayout layout{GROUP, true};
+  const Book book(table);
+  const int64_t loads = padded_dim / (QUAD * Codes<BITS>::QUADS);
+  const int64_t lower_tile = loads * LOWER_ROWS<BITS> * 64, upper_tile = loads * 64;
+  Operand decoded[SUM_TILES];
+  const Operand* codes[SUM_TILES] = {};
+  // So many tiles of tokens at a time; blocks are padded to whole ones.
+  for (int64_t tile = first / SUM_TILES * SUM_TILES; tile < last; tile += SUM_TILES) {
+    each_constant<SUM_TILES>([](auto sum) { tile_zero<sum()>(); });
+    for (int64_t done = 0; done < loads; done += LOADS) {
+      for (int sum = 0; sum < SUM_TILES; ++sum) {
+        const uint8_t* lower = planes.lower + (tile + sum) * lower_tile + done * LOWER_ROWS<BITS> * 64;
+        const uint8_t* upper = planes.upper + (tile + sum) * upper_tile + done * 64;
+        codes[sum] = decode<BITS>(book, lower, upper, loads - done, BLOCK / LANES * lower_tile, decoded[sum]);
+      }
+      tile_load_factor<FACTOR_TILE>(query.factor + layout.at(done * Codes<BITS>::QUADS, 0), CHUNK);
+      each_constant<SUM_TILES>([&](auto sum) {
+        tile_load<CODE_TILE + sum() % 2>(*codes[sum()]);
+        tile_add<sum(), FACTOR_TILE, CODE_TILE + sum() % 2>();
+      });
+    }
+    each_constant<SUM_TILES>([&](auto sum) {
+      TileSums<GROUP> sums;
+      sums.template store<sum()>();
+      finish_scores<GROUP>(gains, query, (tile + sum()) * LANES, scores, [&](int row) { return sums.total(row); });
+    });
+  }
+}
+
+#endif
+
 template <int BITS, int GROUP>
 void scores_of(const Table& table, const Planes& planes, int64_t padded_dim, const uint16_t* gains,
                const Folded& query, int64_t first, int64_t last, float* scores) {
+#if defined(__AMX_INT8__)
+  if constexpr (is_tiled(BITS, GROUP)) {
+    return tiled_scores<BITS, GROUP>(table, planes, padded_dim, gains, query, first, last, scores);
+  }
+#endif
   constexpr int QUADS = Codes<BITS>::QUADS;
   constexpr int SETS = GROUP >= 4 ? 1 : 4 / GROUP;  // independent sums hide the latency of the multiplication
   const Book book(table);
@@ -56,15 +159,11 @@ void scores_of(const Table& table, const Planes& planes, int64_t padded_dim, con
         upper += 64;
         factor += QUADS * GROUP * 2;
       }
-      const int64_t token = tile * LANES + half * WIDTH;
-      const Floats gain = from_half(gains + token);
-      DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+      finish_scores<GROUP>(gains, query, tile * LANES + half * WIDTH, scores, [&](int row) {
         Words total = sums[0][row].total();
         DECOQUANT_UNROLL for (int set = 1; set < SETS; ++set) total += sums[set][row].total();
-        const Floats product = __builtin_convertvector((Ints)(total - query.shift[row]), Floats);
-        const Floats score = fused(product, gain * query.scale[row], splat(query.mean[row]));
-        store(scores + row * BLOCK + token, select(gain < 0, Floats{}, score));
-      }
+        return total;
+      });
     }
   }
 }
@@ -159,9 +258,65 @@ bool weigh_of(const float* scores, const uint16_t* gains, const uint8_t* epochs,
 using Mix = void (*)(const Table& table, const Planes& planes, int64_t padded_dim, const Weights& weights,
                      int64_t tiles, const float* decay, float* out);
 
+// Brings `out` up to date with the integer sums of a register of channels.
+template <int GROUP, class Total>
+DECOQUANT_INLINE void finish_mix(const Weights& weights, int64_t padded_dim, int64_t channel, const float* decay, float* out,
+                                 const Total& total) {
+  DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+    float* to = out + row * padded_dim + channel;
+    const Floats share = __builtin_convertvector((Ints)(total(row) - weights.shift[row]), Floats);
+    store(to, fused(share, splat(weights.scale[row]), load<Floats>(to) * decay[row]));
+  }
+}
+
+#if defined(__AMX_INT8__)
+
+template <int BITS, int GROUP>
+void tiled_mix(const Table& table, const Planes& planes, int64_t padded_dim, const Weights& weights, int64_t tiles,
+               const float* decay, float* out) {
+  static_assert(TILE == QUAD * CHUNK);
+  constexpr int LOADS = CHUNK / Codes<BITS>::QUADS;
+  constexpr int64_t LOWER_CHUNK = LOADS * LOWER_ROWS<BITS> * 64, UPPER_CHUNK = LOADS * 64;
+  const Book book(table);
+  const int64_t chunks = padded_dim / LANES;
+  Operand decoded[SUM_TILES];
+  const Operand* codes[SUM_TILES] = {};
+  for (int64_t chunk = 0; chunk < chunks; chunk += SUM_TILES) {
+    const int64_t sums = std::min<int64_t>(SUM_TILES, chunks - chunk);
+    each_constant<SUM_TILES>([](auto sum) { tile_zero<sum()>(); });
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      for (int sum = 0; sum < sums; ++sum) {
+        const int64_t index = tile * chunks + chunk + sum;
+        const uint8_t *lower = planes.lower + index * LOWER_CHUNK, *upper = planes.upper + index * UPPER_CHUNK;
+        codes[sum] = decode<BITS>(book, lower, upper, LOADS, TILES * chunks * LOWER_CHUNK, decoded[sum]);
+      }
+      tile_load_factor<FACTOR_TILE>(weights.factor[0][0] + tile * CHUNK, BLOCK / QUAD);
+      each_constant<SUM_TILES>([&](auto sum) {
+        if (sum() >= sums) return;
+        tile_load<CODE_TILE + sum() % 2>(*codes[sum()]);
+        tile_add<sum(), FACTOR_TILE, CODE_TILE + sum() % 2>();
+      });
+    }
+    each_constant<SUM_TILES>([&](auto sum) {
+      if (sum() >= sums) return;
+      TileSums<GROUP> totals;
+      totals.template store<sum()>();
+      const auto total = [&](int row) { return totals.total(row); };
+      finish_mix<GROUP>(weights, padded_dim, (chunk + sum()) * LANES, decay, out, total);
+    });
+  }
+}
+
+#endif
+
 template <int BITS, int GROUP>
 void mix_of(const Table& table, const Planes& planes, int64_t padded_dim, const Weights& weights, int64_t tiles,
             const float* decay, float* out) {
+#if defined(__AMX_INT8__)
+  if constexpr (is_tiled(BITS, GROUP)) {
+    return tiled_mix<BITS, GROUP>(table, planes, padded_dim, weights, tiles, decay, out);
+  }
+#endif
   constexpr int QUADS = Codes<BITS>::QUADS;
   constexpr int SETS = GROUP >= 4 ? 1 : 4 / GROUP;
   constexpr int LOADS = TILE / (QUAD * QUADS);
@@ -190,13 +345,11 @@ void mix_of(const Table& table, const Planes& planes, int64_t padded_dim, const 
           upper += 64;
         }
       }
-      DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
+      finish_mix<GROUP>(weights, padded_dim, chunk * LANES + half * WIDTH, decay, out, [&](int row) {
         Words total = sums[0][row].total();
         DECOQUANT_UNROLL for (int set = 1; set < SETS; ++set) total += sums[set][row].total();
-        float* to = out + row * padded_dim + chunk * LANES + half * WIDTH;
-        const Floats share = __builtin_convertvector((Ints)(total - weights.shift[row]), Floats);
-        store(to, fused(share, splat(weights.scale[row]), load<Floats>(to) * decay[row]));
-      }
+        return total;
+      });
     }
   }
 }

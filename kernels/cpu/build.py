@@ -22,13 +22,15 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple, get_args
+
+from decoquant_compile._compat import amx_granted
 
 log = logging.getLogger(__name__)
 
-Level = Literal["avx512", "avx2", "portable"]
+Level = Literal["amx", "avx512", "avx2", "portable"]
 LEVELS: tuple[Level, ...] = get_args(Level)  # best first
 
 
@@ -43,22 +45,22 @@ class Target(NamedTuple):
     options: tuple[str, ...]
     needs: frozenset[str]
 
+    def with_(self, options: Sequence[str], needs: Set[str]) -> "Target":
+        """This and more."""
+        return Target((*self.options, *options), self.needs | needs)
+
+
+_AVX2: Final = Target(("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"}))
+_AVX512: Final = _AVX2.with_(
+    ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi"),
+    {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi"},
+)
 
 # Never -march=native: the cache may be shared by CPUs that differ.
 FLAGS: dict[Level, Target] = {
-    "avx512": Target(
-        (
-            *("-mavx2", "-mfma", "-mf16c"),
-            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi"),
-        ),
-        frozenset(
-            {
-                *("avx2", "fma", "f16c"),
-                *("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi"),
-            }
-        ),
-    ),
-    "avx2": Target(("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"})),
+    "amx": _AVX512.with_(("-mamx-tile", "-mamx-int8"), {"amx_tile", "amx_int8"}),
+    "avx512": _AVX512,
+    "avx2": _AVX2,
     "portable": Target((), frozenset()),
 }
 
@@ -75,6 +77,7 @@ _WORK = ".decoquant-build-"  # prefix of the directories of builds under way
 _ABANDONED = 3600.0  # seconds after which one is nobody's
 _OUT_OF_SPACE = ("No space left on device", "Disk quota exceeded")
 
+_FORBIDDEN = "the system does not let this process use the tile registers of AMX"
 _CPUINFO = pathlib.Path("/proc/cpuinfo")
 _COMPILERS = ("g++", "c++", "clang++")
 _INSTALL = "install g++ (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++) or set CXX to a C++17 compiler"
@@ -99,6 +102,12 @@ def _cpu_features() -> frozenset[str]:
     return frozenset(listed.partition(":")[2].split())
 
 
+def usable() -> list[Level]:
+    """The levels that this CPU and its system let this process run, best first."""
+    features = _cpu_features()
+    return [level for level in LEVELS if FLAGS[level].needs <= features and (level != "amx" or amx_granted())]
+
+
 @functools.lru_cache(maxsize=1)
 def detect() -> Level:
     """The best level of this CPU, or the one that the environment variable DECOQUANT_CPU names.
@@ -106,19 +115,17 @@ def detect() -> Level:
     Raises:
         ValueError: DECOQUANT_CPU is no level, or one that this CPU lacks.
     """
-    features = _cpu_features()
-    usable = [level for level in LEVELS if FLAGS[level].needs <= features]
+    levels = usable()
     forced = os.environ.get("DECOQUANT_CPU")
     if not forced:
-        return usable[0]
+        return levels[0]
     for level in LEVELS:
         if level == forced:
-            if level in usable:
+            if level in levels:
                 return level
-            lacking = " ".join(sorted(FLAGS[level].needs - features))
-            raise ValueError(
-                f"DECOQUANT_CPU={forced!r}: this CPU lacks {lacking}; set it to {' or '.join(usable)}, or unset it"
-            )
+            lacking = " ".join(sorted(FLAGS[level].needs - _cpu_features()))
+            reason = f"this CPU lacks {lacking}" if lacking else _FORBIDDEN
+            raise ValueError(f"DECOQUANT_CPU={forced!r}: {reason}; set it to {' or '.join(levels)}, or unset it")
     raise ValueError(f"DECOQUANT_CPU={forced!r}: expected {', '.join(LEVELS)}; correct it, or unset it")
 
 
@@ -429,11 +436,13 @@ def load(level: Level, *, extra: Sequence[str] = (), sources: pathlib.Path = SOU
     A library that does not load (another machine's C library, a damaged file) is built anew once.
 
     Raises:
-        BuildError: it cannot be built, or does not load.
+        BuildError: it cannot be built, does not load, or could not run.
     """
     key = (level, tuple(extra), sources)
     if key in _loaded:
         return _loaded[key]
+    if level == "amx" and not amx_granted():
+        raise BuildError(_FORBIDDEN)
     recipe = _Recipe.read(level, extra, sources)
     broken: set[_Identity] = set()
     failure: OSError | None = None

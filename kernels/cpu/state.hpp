@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 namespace decoquant {
 
@@ -82,6 +83,16 @@ inline uint8_t* plane_of(const Layout& layout, void* state, int p, int64_t row, 
 // Where the parameters of a set begin among the means or scales, in elements.
 inline int64_t set_offset(const Layout& layout, int64_t row, int64_t set, int64_t head) {
   return ((row * layout.sets + set) * layout.heads + head) * layout.head_dim;
+}
+
+// function(i), a constant, for i from 0 to COUNT - 1.
+template <class Function, int... I>
+inline void each_constant(const Function& function, std::integer_sequence<int, I...>) {
+  (function(std::integral_constant<int, I>()), ...);
+}
+template <int COUNT, class Function>
+inline void each_constant(const Function& function) {
+  each_constant(function, std::make_integer_sequence<int, COUNT>());
 }
 
 // function(width), a constant, for the width at hand.

@@ -111,7 +111,7 @@ def test_what_the_key_covers(sources, compiler, fresh):
     compiler()
     paths = [build.library("portable", sources=sources)]
     paths.append(build.library("portable", sources=sources, extra=("-DEXTRA",)))
-    paths.append(build.library("avx2", sources=sources) if "avx2" in runnable() else fresh)
+    paths.append(build.library("avx2", sources=sources) if "avx2" in build.usable() else fresh)
     (sources / "answer.hpp").write_text(HEADER.replace("42", "43"))
     paths.append(build.library("portable", sources=sources))
     assert build.load("portable", sources=sources).decoquant_answer() == 43
@@ -124,14 +124,9 @@ def test_what_the_key_covers(sources, compiler, fresh):
     assert len(set(paths)) == len(paths)
 
 
-def runnable():
-    features = build._cpu_features()
-    return [level for level in build.LEVELS if build.FLAGS[level].needs <= features]
-
-
 @pytest.mark.parametrize("level", build.LEVELS)
 def test_flags_of_a_level_reach_the_compiler(level, sources, compiler):
-    if level not in runnable():
+    if level not in build.usable():
         pytest.skip(f"this machine compiles no {level}")
     (sources / "answer.hpp").write_text(
         "namespace decoquant { inline int answer() {\n"
@@ -142,7 +137,8 @@ def test_flags_of_a_level_reach_the_compiler(level, sources, compiler):
         "#elif defined(__AVX__)\nreturn -1;\n#else\nreturn 0;\n#endif\n} }\n"
     )
     counting = compiler()
-    assert build.load(level, sources=sources).decoquant_answer() == {"avx512": 512, "avx2": 2, "portable": 0}[level]
+    expected = {"amx": 1024, "avx512": 512, "avx2": 2, "portable": 0}[level]
+    assert build.load(level, sources=sources).decoquant_answer() == expected
     assert not any("-march" in call or "-ffast-math" in call for call in counting.calls)
 
 
@@ -515,7 +511,7 @@ def test_no_sources(tmp_path):
 
 
 def test_unknown_level(sources):
-    with pytest.raises(ValueError, match="level is 'sse', expected avx512, avx2, portable"):
+    with pytest.raises(ValueError, match="level is 'sse', expected amx, avx512, avx2, portable"):
         build.library("sse", sources=sources)
 
 
@@ -523,6 +519,7 @@ def test_unknown_level(sources):
 
 ICE_LAKE = "fpu sse2 avx avx2 fma f16c avx512f avx512dq avx512bw avx512vl avx512cd avx512vbmi avx512_vbmi2 avx512_vnni"
 ZEN_4 = f"{ICE_LAKE} avx512_bf16 avx512ifma avx512_bitalg avx512_vpopcntdq"
+SAPPHIRE_RAPIDS = f"{ICE_LAKE} avx512_bf16 amx_bf16 amx_tile amx_int8"
 CASCADE_LAKE = "fpu sse2 avx avx2 fma f16c avx512f avx512dq avx512bw avx512vl avx512cd avx512_vnni"
 HASWELL = "fpu sse2 avx avx2 fma f16c"
 NEHALEM = "fpu sse2 sse4_2 popcnt"
@@ -535,11 +532,13 @@ def cpu(monkeypatch, tmp_path, features, machine="x86_64"):
     )
     monkeypatch.setattr(build, "_CPUINFO", listing)
     monkeypatch.setattr(build.platform, "machine", lambda: machine)
+    monkeypatch.setattr(build, "amx_granted", lambda: True)
 
 
 @pytest.mark.parametrize(
     ("features", "machine", "expected"),
     [
+        (SAPPHIRE_RAPIDS, "x86_64", "amx"),
         (ICE_LAKE, "x86_64", "avx512"),
         (ZEN_4, "x86_64", "avx512"),
         (ZEN_4, "AMD64", "avx512"),
@@ -575,10 +574,20 @@ def test_a_level_can_be_forced(level, monkeypatch, tmp_path):
     assert build.detect() == level
 
 
+def test_amx_needs_the_permission_of_the_system(monkeypatch, tmp_path):
+    cpu(monkeypatch, tmp_path, SAPPHIRE_RAPIDS)
+    monkeypatch.setattr(build, "amx_granted", lambda: False)
+    assert build.detect() == "avx512"
+    build.detect.cache_clear()
+    monkeypatch.setenv("DECOQUANT_CPU", "amx")
+    with pytest.raises(ValueError, match=r"'amx': the system does not let this process .*; set it to avx512 or avx2"):
+        build.detect()
+
+
 def test_an_unknown_level_is_refused(monkeypatch, tmp_path):
     cpu(monkeypatch, tmp_path, ZEN_4)
     monkeypatch.setenv("DECOQUANT_CPU", "AVX2")
-    with pytest.raises(ValueError, match=r"DECOQUANT_CPU='AVX2': expected avx512, avx2, portable; .*unset it"):
+    with pytest.raises(ValueError, match=r"DECOQUANT_CPU='AVX2': expected amx, avx512, avx2, portable; .*unset it"):
         build.detect()
 
 

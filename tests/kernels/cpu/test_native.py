@@ -296,7 +296,21 @@ def test_without_a_compiler_there_is_one_warning_and_the_right_result(unchosen, 
         warnings.simplefilter("error")
         through_operators()
     assert cpu.kernels() is None
-    assert len(calls) == 1
+    assert calls == (["amx", "avx512"] if build.detect() == "amx" else [build.detect()])
+
+
+def test_a_compiler_that_does_not_know_amx_builds_the_next_level(unchosen, monkeypatch):
+    kernels_of("avx512")  # which skips if this machine lacks it
+    load = build.load
+
+    def old(level):
+        if level == "amx":
+            raise build.BuildError("unrecognized command line option '-mamx-int8'")
+        return load(level)
+
+    monkeypatch.setattr(build, "load", old)
+    monkeypatch.setattr(build, "detect", lambda: "amx")
+    assert cpu.kernels().level == "avx512"
 
 
 @pytest.mark.parametrize("level", build.LEVELS)
@@ -313,13 +327,13 @@ def test_operators_run_the_level_asked_for(unchosen, monkeypatch, level):
 
 
 @pytest.mark.parametrize(
-    ("level", "message"), [("sse9", "expected avx512, avx2, portable"), ("AVX2", "expected avx512")]
+    ("level", "message"), [("sse9", "expected amx, avx512, avx2, portable"), ("AVX2", "expected amx")]
 )
 def test_a_level_that_does_not_exist_is_an_error_each_time(unchosen, monkeypatch, level, message):
     monkeypatch.setenv("DECOQUANT_CPU", level)
     build.detect.cache_clear()
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"DECOQUANT_CPU='{level}': expected avx512, avx2, portable"):
+        with pytest.raises(ValueError, match=f"DECOQUANT_CPU='{level}': {message}"):
             through_operators()
 
 

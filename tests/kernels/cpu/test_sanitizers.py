@@ -11,7 +11,7 @@ import pytest
 from decoquant_compile.kernels.cpu import build
 
 SCRIPT = pathlib.Path(__file__).with_name("sanitized.py")
-USABLE = [level for level in build.LEVELS if build.FLAGS[level].needs <= build._cpu_features()]
+USABLE = build.usable()
 
 
 def library(name):
