@@ -88,16 +88,18 @@ def assert_same(got, expected, truth):
     differ = codes(got) != codes(expected)
     assert not differ[:, :, got.slots :].any()
     # Codes under a gain of zero stand for zero, whatever they are. One code that rounding decided otherwise changes
-    # those behind it, which make up for its error: what counts is how many tokens are concerned.
+    # those behind it, which make up for its error: what counts is how many tokens are concerned. Equal ones meet the
+    # same tie (a token of equal channels has many), which torch's sums decide otherwise on another CPU.
     differ = (differ[:, :, : got.slots].any(-1) | (steps_apart(a.gains, b.gains) > 1)) & ((a.gains > 0) | (b.gains > 0))
+    origin = int(b.header[ORIGIN])
+    differ = differ[:, :, (origin + torch.arange(got.slots)) % got.slots]
     written = int(truth.any(-1).sum())
-    assert int((differ & same_fit[..., None]).sum()) <= max(2, written // 1000)
+    assert len(truth[differ & same_fit[..., None]].unique(dim=0)) <= max(2, written // 1000)
 
     x, y = read(got).double(), read(expected).double()
     assert x.isfinite().all()
     typical = y.norm(dim=-1).amax((1, 2))[:, None, None].clamp_min(1e-30)
-    origin = int(b.header[ORIGIN])
-    alike = same_fit[..., None] & ~differ[:, :, (origin + torch.arange(got.slots)) % got.slots]
+    alike = same_fit[..., None] & ~differ
     step = torch.finfo(got.format.dtype).eps + 2**-10  # of a number that is read, and of a gain
     assert ((x - y).norm(dim=-1)[alike] <= (step * typical).expand_as(alike)[alike]).all()
     # The others are read no worse.
