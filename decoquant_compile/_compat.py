@@ -470,7 +470,7 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
 
 
 def amx_granted() -> bool:
-    """Whether this process may use the tile registers of AMX: the CPU has them and the system grants them when asked."""
+    """Whether this process may use the tile registers of AMX, for which the system has to be asked."""
     return bool(torch.cpu._init_amx())
 
 

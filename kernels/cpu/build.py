@@ -22,7 +22,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, get_args
 
@@ -45,7 +45,7 @@ class Target(NamedTuple):
     options: tuple[str, ...]
     needs: frozenset[str]
 
-    def with_(self, options: Sequence[str], needs: Set[str]) -> "Target":
+    def with_(self, options: Sequence[str], needs: frozenset[str]) -> "Target":
         """This and more."""
         return Target((*self.options, *options), self.needs | needs)
 
@@ -53,12 +53,12 @@ class Target(NamedTuple):
 _AVX2: Final = Target(("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"}))
 _AVX512: Final = _AVX2.with_(
     ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi"),
-    {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi"},
+    frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi"}),
 )
 
 # Never -march=native: the cache may be shared by CPUs that differ.
 FLAGS: dict[Level, Target] = {
-    "amx": _AVX512.with_(("-mamx-tile", "-mamx-int8"), {"amx_tile", "amx_int8"}),
+    "amx": _AVX512.with_(("-mamx-tile", "-mamx-int8"), frozenset({"amx_tile", "amx_int8"})),
     "avx512": _AVX512,
     "avx2": _AVX2,
     "portable": Target((), frozenset()),

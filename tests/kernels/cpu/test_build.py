@@ -130,7 +130,8 @@ def test_flags_of_a_level_reach_the_compiler(level, sources, compiler):
         pytest.skip(f"this machine compiles no {level}")
     (sources / "answer.hpp").write_text(
         "namespace decoquant { inline int answer() {\n"
-        "#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && "
+        "#if defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__AVX512VBMI__)\nreturn 1024;\n"
+        "#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && "
         "defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__F16C__) && defined(__FMA__)\n"
         "return 512;\n"
         "#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)\nreturn 2;\n"

@@ -1,6 +1,7 @@
 """What stands between the operators and the C++: checks, the fallback without a compiler, threads."""
 
 import ctypes
+import functools
 import warnings
 
 import pytest
@@ -309,7 +310,7 @@ def test_a_compiler_that_does_not_know_amx_builds_the_next_level(unchosen, monke
         return load(level)
 
     monkeypatch.setattr(build, "load", old)
-    monkeypatch.setattr(build, "detect", lambda: "amx")
+    monkeypatch.setattr(build, "detect", functools.cache(lambda: "amx"))
     assert cpu.kernels().level == "avx512"
 
 
