@@ -7,6 +7,7 @@ import contextlib
 import copy
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -153,7 +154,8 @@ def trace_functional(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
         The graph, and the positions of the inputs that become its first outputs.
 
     Raises:
-        RuntimeError: an input's sizes, strides or storage are changed, or memory is written that two inputs share.
+        RuntimeError: the graph does to its inputs what no value can express: it changes sizes, strides or storage of
+            one, or writes to memory that several share; or tensors made of tensors go in or out.
     """
     context = TracingContext.get()
     mode = context.fake_mode
@@ -173,17 +175,20 @@ def trace_functional(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
     written: list[int] = []
 
     def functional(*arguments: Any) -> tuple[Any, ...]:
-        wrapped = [functional_utils.to_fun(x) for x in arguments]
-        outputs = fx.Interpreter(gm).run(*wrapped)
-        if any(map(_python_dispatch.is_traceable_wrapper_subclass, (*arguments, *outputs))):
-            raise RuntimeError("a tensor made of tensors goes in or out")
-        if any(itertools.starmap(_reshaped_in_place, zip(wrapped, arguments, strict=True))):
-            raise RuntimeError("sizes, strides or storage of an input are changed")
-        written.extend(i for i, x in enumerate(wrapped) if functional_utils.has_data_mutation(x))
-        values = (*(wrapped[i] for i in written), *outputs)
-        return tuple(functional_utils.from_fun(x) for x in values)
+        with proxy_tensor.maybe_enable_thunkify():  # no nodes for sizes that nothing needs
+            wrapped = [functional_utils.to_fun(x) for x in arguments]
+            outputs = _Interpreter(gm).run(*wrapped)
+            if any(map(_python_dispatch.is_traceable_wrapper_subclass, (*arguments, *outputs))):
+                raise RuntimeError("a tensor made of tensors goes in or out")
+            if any(itertools.starmap(_reshaped_in_place, zip(wrapped, arguments, strict=True))):
+                raise RuntimeError("sizes, strides or storage of an input are changed")
+            written.extend(i for i, x in enumerate(wrapped) if functional_utils.has_data_mutation(x))
+            storages = Counter(storage_id(x) for x in arguments if isinstance(x, Tensor))
+            if any(storages[storage_id(arguments[i])] > 1 for i in written):
+                raise RuntimeError("memory is written that inputs share")
+            return tuple(functional_utils.from_fun(x) for x in (*(wrapped[i] for i in written), *outputs))
 
-    functionalised = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
+    make = proxy_tensor.make_fx(functional, pre_dispatch=True, _disable_torch_fn_metadata_mode=True)
     with (
         tracing(TracingContext(fakes)),
         fakes,
@@ -191,10 +196,23 @@ def trace_functional(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
         fx.traceback.preserve_node_meta(),
         enable_python_dispatcher(),
         FunctionalTensorMode(pre_dispatch=True, export=True),
-        functionalised,
+        torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)),
     ):
-        traced = proxy_tensor.make_fx(functional, pre_dispatch=True)(*arguments)
+        traced = make(*arguments)
     return traced, tuple(written)
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph of Dynamo's under a tracer that puts off what it computes of sizes.
+
+    What the graph itself computes is not put off: sums of sums could be nested as deep as the graph is long.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not isinstance(n.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool):
+            return super().run_node(n)
+        with proxy_tensor.maybe_disable_thunkify():
+            return super().run_node(n)
 
 
 def _reshaped_in_place(after: Any, before: Any) -> bool:
