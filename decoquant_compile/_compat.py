@@ -5,7 +5,9 @@ No other module reaches into PyTorch's underscored names (tests/test_packaging.p
 
 import contextlib
 import copy
+import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -20,7 +22,7 @@ from torch._dynamo.cache_size import compute_cache_size
 from torch._dynamo.exc import RestartAnalysis, SkipFrame, TensorifyScalarRestartAnalysis, UserError, UserErrorType
 from torch._dynamo.source import SyntheticLocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._functorch.aot_autograd import aot_export_module
+from torch._functorch._aot_autograd import functional_utils
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor import compile_fx as inductor
 from torch._inductor import config as inductor_config
@@ -30,7 +32,7 @@ from torch._logging import _internal as torch_logging
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental import proxy_tensor, symbolic_shapes
 from torch.utils import _python_dispatch, _pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -142,11 +144,18 @@ def is_traced() -> bool:
     return TracingContext.try_get() is not None
 
 
-def trace_functional(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, dict[str, str]]:
+def trace_functional(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, tuple[int, ...]]:
     """Trace a graph of Dynamo's to functional pre-dispatch ATen, on fakes that share Dynamo's symbolic sizes.
 
+    AOTAutograd's own export runs every graph twice, the first time to see what it writes. Here nothing depends on that
+    before the end, so once is enough.
+
     Returns:
-        The graph, and the name of the input that becomes each of its first outputs, by the output's name.
+        The graph, and the positions of the inputs that become its first outputs.
+
+    Raises:
+        RuntimeError: the graph does to its inputs what no value can express: it changes sizes, strides or storage of
+            one, or writes to memory that several share; or tensors made of tensors go in or out.
     """
     context = TracingContext.get()
     mode = context.fake_mode
@@ -163,10 +172,53 @@ def trace_functional(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
 
     inputs = gm.graph.find_nodes(op="placeholder")
     arguments = tuple(fake(node, x) for node, x in zip(inputs, example_inputs, strict=True))
-    with tracing(TracingContext(fakes)), enable_python_dispatcher(), torch.no_grad(), fx.traceback.preserve_node_meta():
-        traced, signature = aot_export_module(gm, arguments, trace_joint=False, pre_dispatch=True, decompositions={})
-    assert isinstance(traced, fx.GraphModule)
-    return traced, {str(value): str(target) for value, target in signature.user_inputs_to_mutate.items()}
+    written: list[int] = []
+
+    def functional(*arguments: Any) -> tuple[Any, ...]:
+        with proxy_tensor.maybe_enable_thunkify():  # no nodes for sizes that nothing needs
+            wrapped = [functional_utils.to_fun(x) for x in arguments]
+            outputs = _Interpreter(gm).run(*wrapped)
+            if any(map(_python_dispatch.is_traceable_wrapper_subclass, (*arguments, *outputs))):
+                raise RuntimeError("a tensor made of tensors goes in or out")
+            if any(itertools.starmap(_reshaped_in_place, zip(wrapped, arguments, strict=True))):
+                raise RuntimeError("sizes, strides or storage of an input are changed")
+            written.extend(i for i, x in enumerate(wrapped) if functional_utils.has_data_mutation(x))
+            storages = Counter(storage_id(x) for x in arguments if isinstance(x, Tensor))
+            if any(storages[storage_id(arguments[i])] > 1 for i in written):
+                raise RuntimeError("memory is written that inputs share")
+            return tuple(functional_utils.from_fun(x) for x in (*(wrapped[i] for i in written), *outputs))
+
+    make = proxy_tensor.make_fx(functional, pre_dispatch=True, _disable_torch_fn_metadata_mode=True)
+    with (
+        tracing(TracingContext(fakes)),
+        fakes,
+        torch.no_grad(),
+        fx.traceback.preserve_node_meta(),
+        enable_python_dispatcher(),
+        FunctionalTensorMode(pre_dispatch=True, export=True),
+        torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)),
+    ):
+        traced = make(*arguments)
+    return traced, tuple(written)
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph of Dynamo's under a tracer that puts off what it computes of sizes.
+
+    What the graph itself computes is not put off: sums of sums could be nested as deep as the graph is long.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not isinstance(n.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool):
+            return super().run_node(n)
+        with proxy_tensor.maybe_disable_thunkify():
+            return super().run_node(n)
+
+
+def _reshaped_in_place(after: Any, before: Any) -> bool:
+    """Whether code has changed of a functional tensor what is no data."""
+    changed = functional_utils.has_metadata_mutation(after, before, check_only_storage_mutation=False)
+    return changed or functional_utils.was_inductor_storage_resized(after)
 
 
 DataDependent = DataDependentOutputException

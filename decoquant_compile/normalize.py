@@ -1,7 +1,7 @@
 """Dynamo's graph to functional pre-dispatch ATen, where attention is whole and every write is a value, and back."""
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,8 +140,8 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normal:
     Raises:
         RestartAnalysis: Dynamo's own control flow, which the caller must let through.
     """
-    traced, mutated = _compat.trace_functional(gm, example_inputs)
-    return _settle(gm, traced, mutated)
+    traced, written = _compat.trace_functional(gm, example_inputs)
+    return _settle(gm, traced, written)
 
 
 def finish(normal: Normal) -> fx.GraphModule:
@@ -163,8 +163,8 @@ def finish(normal: Normal) -> fx.GraphModule:
     return gm
 
 
-def _settle(gm: fx.GraphModule, traced: fx.GraphModule, mutated: Mapping[str, str]) -> Normal:
-    """Give the exported module Dynamo's names for its inputs and the shape of a `Normal`."""
+def _settle(gm: fx.GraphModule, traced: fx.GraphModule, written: Sequence[int]) -> Normal:
+    """Give the traced module Dynamo's names for its inputs and the shape of a `Normal`."""
     graph = traced.graph
     placeholders = graph.find_nodes(op="placeholder")
     for theirs, ours in zip(gm.graph.find_nodes(op="placeholder"), placeholders, strict=True):
@@ -173,10 +173,8 @@ def _settle(gm: fx.GraphModule, traced: fx.GraphModule, mutated: Mapping[str, st
             ours.meta["tensor_dict"] = theirs.meta["tensor_dict"]
     output = graph.output_node()
     returned: Any = output.args[0]
-    values, outputs = returned[: len(mutated)], returned[len(mutated) :]
-    named = {p.name: p for p in placeholders}
-    targets = tuple(named[name] for name in mutated.values())
-    assert [v.name for v in values] == list(mutated)
+    values, outputs = tuple(returned[: len(written)]), tuple(returned[len(written) :])
+    targets = tuple(placeholders[i] for i in written)
     # A written input that is returned is the input, not a copy of it.
     itself = dict(zip(values, targets, strict=True))
     before: Any = gm.graph.output_node().args[0]

@@ -152,6 +152,7 @@ class _Matcher:
     def __init__(self, normal: Normalised, held: Mapping[fx.Node, Held]) -> None:
         self.graph = normal.graph
         self.outputs = [n for n in normal.outputs if isinstance(n, fx.Node)]
+        self.impure = [n for n in self.graph.nodes if n.op == "call_function" and n.is_impure()]
         self.mutations = list(normal.mutations)
         self.readers = readers(self.graph)
         self.writes: dict[fx.Node, CacheWrite] = {}  # by the cache: an input, or what is returned
@@ -362,7 +363,7 @@ class _Matcher:
                 kept += [site.core.query, site.core.mask, site.core.sink, site.read.first]
         roots = [*self.outputs, *(value for value, buffer in self.mutations if buffer not in ours)]
         roots = [n for n in roots if n not in ours or not self.writes[n].returned]
-        roots += [n for n in self.graph.nodes if n.op == "call_function" and n.is_impure()]
+        roots += self.impure
         todo = [(n, n) for n in [*roots, *(n for n in kept if isinstance(n, fx.Node))]]
         visited: set[fx.Node] = set()
         while todo:

@@ -1,6 +1,7 @@
 """Normal form and back: the same results, the same writes, the same aliases as plain Inductor."""
 
 import copy
+import unittest.mock
 
 import pytest
 import torch
@@ -61,6 +62,55 @@ def test_the_normal_form_is_functional_and_whole():
         "L['length']": aten.add.Tensor,
     }
     assert len(normal.outputs) == 1
+
+
+def test_a_graph_is_traced_once():
+    """Tracing is nearly all of what our passes take."""
+    runs = []
+
+    def backend(gm, inputs):
+        run = torch.fx.Interpreter.run
+        with unittest.mock.patch.object(torch.fx.Interpreter, "run", autospec=True, side_effect=run) as counted:
+            normalise(gm, inputs)
+        runs.append(counted.call_count)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(step, backend=backend)(*cached_arguments(2), torch.tensor(1))
+    assert runs == [1]
+
+
+def test_sizes_that_nothing_needs_are_no_nodes_while_tracing():
+    created = []
+
+    def backend(gm, inputs):
+        with unittest.mock.patch.object(torch.fx.Graph, "create_node", autospec=True, side_effect=create) as made:
+            normal = normalise(gm, inputs)
+        created.append((made.call_count, len(normal.graph.nodes)))
+        return gm.forward
+
+    create = torch.fx.Graph.create_node
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(step, backend=backend, dynamic=True)(*cached_arguments(2), torch.tensor(1))
+    ((made, left),) = created
+    assert made < 2 * left
+
+
+def test_long_sums_of_sizes():
+    def function(x, y, n: int):
+        for _ in range(600):
+            n = n + x.shape[0]
+        return y.add_(x * n)
+
+    check_round_trip(function, torch.ones(3), torch.zeros(3), 5, dynamic=True)
+
+
+@pytest.mark.parametrize("change", ["t_", "unsqueeze_"])
+def test_inputs_of_another_shape_than_before_are_an_error(change):
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="sizes, strides or storage"):
+        capture(lambda x: getattr(x.mul_(2), change)(*[0] * (change == "unsqueeze_")) + 1, torch.randn(3, 4))
 
 
 def test_inputs_keep_order_source_and_tags():
