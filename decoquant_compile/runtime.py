@@ -197,9 +197,11 @@ class PackedGraph:
             if binding.grows:
                 empty = (batch, heads, binding.device)
                 opened[i] = growth.opened(tensor, binding.dims, binding.format, tokens, length, mask, taken, empty)
-            else:
+            elif tensor is None:
                 state = CacheState.empty(binding.format, batch, heads, length, binding.device)
                 opened[i] = Opened(state, 0, 0, tokens, length)
+            else:
+                opened[i] = growth.copied(tensor, binding.dims, binding.format, tokens, mask)
             taken.add(id(opened[i].state))
         for i, binding in enumerate(self.bindings):
             if binding.grows and binding.format.role == "key":

@@ -122,16 +122,16 @@ def parse_returned(value: fx.Node) -> CacheWrite | Problem | None:
         return _grown_tail(value, seen)
     if seen.target is aten.cat.default:
         return _grown(value, seen)
-    if seen.target not in FORMS or seen.target is aten.slice.Tensor:
+    rule = _COPYING.get(seen.target)
+    if rule is None:
         return None
-    base = plain(seen.all_input_nodes[0])
-    if base.op == "placeholder":
-        return Problem(Reason.FUNCTIONAL_CACHE, base.name)
-    if getattr(base.target, "overloadpacket", None) not in _BIRTHS:
-        return None
-    if not _is_zero(base):
-        return Problem(Reason.CACHE_BORN_INSIDE, f"{base.name} is not zero")
-    write = FORMS[seen.target](base, value, seen)
+    base = plain(seen.args[_BASE.get(seen.target, 0)])
+    if base.op != "placeholder":
+        if getattr(base.target, "overloadpacket", None) not in _BIRTHS:
+            return None
+        if not _is_zero(base):
+            return Problem(Reason.CACHE_BORN_INSIDE, f"{base.name} is not zero")
+    write = rule(base, value, seen)
     return write if isinstance(write, Problem) else replace(write, returned=True)
 
 
@@ -466,3 +466,9 @@ FORMS: dict[object, Callable[[fx.Node, fx.Node, fx.Node], CacheWrite | Problem]]
 
 _BLENDS = {aten.where.self: _where, aten.add.Tensor: _blend}
 """Common in other places: a write only where an input of the graph becomes the result."""
+
+_COPYING = {target: rule for target, rule in FORMS.items() if rule not in (_cat, _tail)} | {aten.where.self: _where}
+"""Those that make a whole cache: of a tensor of zeros, or of one that stays as it is."""
+
+_BASE = {aten.where.self: 2}
+"""Which argument the old tokens are, if it is not the first."""

@@ -70,6 +70,52 @@ def test_static_caches_are_born_packed():
     assert_packed(tensors(cache))
 
 
+def put(cache, start, new):
+    return cache.index_copy(2, torch.arange(new.shape[2]) + start, new)
+
+
+def put_slice(cache, start, new):
+    cache = cache.clone()
+    cache[:, :, start : start + new.shape[2]] = new
+    return cache
+
+
+def put_one_hot(cache, start, new):
+    if new.shape[2] > 1:
+        return put(cache, start, new)
+    return torch.where((torch.arange(cache.shape[2]) == torch.tensor(start))[:, None], new, cache)
+
+
+@pytest.mark.parametrize("write", [put, put_slice, put_one_hot])
+def test_caches_that_are_returned_changed(write):
+    """The old one stays what it is: two continuations of one prefix are independent."""
+
+    def step(q, k, v, start, keys, values):
+        keys, values = write(keys, start, k), write(values, start, v)
+        mask = torch.arange(keys.shape[2]) <= start + torch.arange(q.shape[2])[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, values, mask), keys, values
+
+    def tokens(start, count):
+        return *(torch.randn(1, 2, count, 16) for _ in range(3)), start
+
+    prompt, left, right = tokens(0, 20), tokens(20, 1), tokens(20, 1)
+    empty = torch.zeros(1, 2, 40, 16), torch.zeros(1, 2, 40, 16)
+    _, *expected = step(*prompt, *empty)
+    with packing(bits=16, **SMALL), torch.no_grad():
+        compiled = torch.compile(step)
+        _, *prefix = compiled(*prompt, *empty)
+        first = compiled(*left, *prefix)
+        second = compiled(*right, *prefix)
+        third = compiled(*tokens(21, 1), *second[1:])
+    assert not any(tensor.any() for tensor in empty)
+    for new, got in ((left, first), (right, second)):
+        for x, y in zip(got, step(*new, *expected), strict=True):
+            assert distance(x, y) < noise(16)
+    for kept, x in zip(prefix, expected, strict=True):
+        assert torch.equal(kept.dense(), x)
+    assert_packed([*prefix, *first[1:], *second[1:], *third[1:]])
+
+
 class Sizes(TorchDispatchMode):
     """The largest tensor that any operator made."""
 
