@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from decoquant_compile.patterns.movement import constant, is_identity, operand, peel, plain, sliced, start_of
+from decoquant_compile.patterns.movement import constant, is_identity, moves, operand, peel, plain, sliced, start_of
 from decoquant_compile.patterns.reject import Problem, Reason
 from decoquant_compile.patterns.symbols import (
     Int,
@@ -118,6 +118,8 @@ def parse_returned(value: fx.Node) -> CacheWrite | Problem | None:
         value: a tensor that the graph returns.
     """
     seen = plain(value)
+    if seen.target is aten.slice.Tensor and (base := _overwritten(value)) is not None:
+        return _as_returned(_tail(base, value, seen))
     if seen.target is aten.slice.Tensor and operand(seen).target is aten.cat.default:
         return _grown_tail(value, seen)
     if seen.target is aten.cat.default:
@@ -131,8 +133,23 @@ def parse_returned(value: fx.Node) -> CacheWrite | Problem | None:
             return None
         if not _is_zero(base):
             return Problem(Reason.CACHE_BORN_INSIDE, f"{base.name} is not zero")
-    write = rule(base, value, seen)
+    return _as_returned(rule(base, value, seen))
+
+
+def _as_returned(write: CacheWrite | Problem) -> CacheWrite | Problem:
     return write if isinstance(write, Problem) else replace(write, returned=True)
+
+
+def _overwritten(value: fx.Node) -> fx.Node | None:
+    """The new tensor of zeros whose elements are all replaced by those of `value`; None if it is no such copy."""
+    node = value
+    while moves(node) and same_shape(shape(node), shape(operand(node))):
+        if node.target is aten.copy.default:
+            assert isinstance(node.args[0], fx.Node)
+            base = plain(node.args[0])
+            return base if getattr(base.target, "overloadpacket", None) in _BIRTHS and _is_zero(base) else None
+        node = operand(node)
+    return None
 
 
 def _grown(value: fx.Node, seen: fx.Node) -> CacheWrite | Problem | None:

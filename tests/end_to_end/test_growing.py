@@ -23,7 +23,7 @@ from tests.end_to_end.harness import (
     tensors,
     write_forms,
 )
-from tests.end_to_end.models import hugging_face, prompts
+from tests.end_to_end.models import SLIDING_WINDOW, hugging_face, prompts
 
 CHUNKS = [20, *[1] * 8, 5, *[1] * 12]
 IDS = prompts(2, sum(CHUNKS))
@@ -68,6 +68,20 @@ def test_static_caches_are_born_packed():
     assert kinds == ["CacheTensor"] * 4
     assert distance(got, expected) < noise(16)
     assert_packed(tensors(cache))
+
+
+def test_a_prompt_longer_than_the_window_is_born_packed():
+    model = hugging_face("gemma3")
+    chunks = [SLIDING_WINDOW + 6, 3, *[1] * 4]
+    ids = prompts(2, sum(chunks))
+    expected = feed(model, ids, chunks, static_cache(model, 2, early=False))
+    cache = static_cache(model, 2, early=False)
+    with packing(bits=16, **SMALL):
+        forward = torch.compile(model.forward)
+        got = feed(forward, ids[:, : chunks[0]], chunks[:1], cache)
+        assert_packed(tensors(cache))
+        got = torch.cat((got, feed(forward, ids[:, chunks[0] :], chunks[1:], cache)), 1)
+    assert distance(got, expected) < noise(16)
 
 
 def put(cache, start, new):
