@@ -164,9 +164,10 @@ class _Matcher:
                 self._learn(buffer, value, parse(buffer, value))
         mutated = {buffer for _, buffer in self.mutations}
         for output in dict.fromkeys(self.outputs):
-            if len(shape(output)) >= 3 and (write := parse_returned(output)) is not None:
-                if isinstance(write, Problem) or write.buffer not in mutated:  # else it is known already
-                    self._learn(output, output, write)
+            write = parse_returned(output) if len(shape(output)) >= 3 else None
+            is_known = isinstance(write, CacheWrite) and write.buffer in mutated
+            if write is not None and not is_known:
+                self._learn(output, output, write)
         written = {write.buffer for write in self.writes.values()} | self.evidence.keys()
         for buffer in [node for node in held if node not in written]:
             slot, is_stretch = held[buffer].dims[2], held[buffer].is_stretch

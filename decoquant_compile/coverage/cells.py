@@ -108,6 +108,11 @@ class Cell:
         return bool(self.attentions) and self.rewritten == len(self.attentions)
 
     @property
+    def rebuilt(self) -> bool:
+        """Whether some read caches that are dequantised in each call."""
+        return any("rebuilt" in a.form for a in self.attentions)
+
+    @property
     def reasons(self) -> Counter[str]:
         """Why others do not."""
         return Counter(a.outcome for a in self.attentions if a.outcome != "rewritten")
@@ -213,9 +218,7 @@ def _measure(subject: Subject, compiled: Callable[..., Any], matcher: Matcher, c
             cell.attentions.append(Attention("", "", "ERROR", one_line(error)))
 
 
-def _attentions(
-    ran: Sequence[tuple[GraphReport, int]], seen: set[int], tokens: int, held: int
-) -> Iterator[Attention]:
+def _attentions(ran: Sequence[tuple[GraphReport, int]], seen: set[int], tokens: int, held: int) -> Iterator[Attention]:
     """The attentions of a call, but for those of graphs that were seen before."""
     hidden = False
     for graph, _ in ran:
