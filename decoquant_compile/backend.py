@@ -70,10 +70,10 @@ def compile_graph(
     _warn_near_limit(report)
     compiled: Compiled | None = None
     with contained(report):
-        compiled = _packed(gm, example_inputs, options, patches, report)
+        compiled = packed(gm, example_inputs, options, patches, report, _compat.compile_fx)
     announce(report)
     log.info("%s", report)
-    return compiled or _untouched(gm, example_inputs, patches, report)
+    return compiled or untouched(gm, example_inputs, patches, report, _compat.compile_fx)
 
 
 @contextlib.contextmanager
@@ -193,14 +193,24 @@ def _formats(
     return {cache: choose(cache, bits) for cache, bits in zip(caches, widths, strict=True)}
 
 
-def _packed(
+def packed(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     options: Options,
     patches: Mapping[str, Any],
     report: GraphReport,
+    compiler: Callable[..., Compiled],
 ) -> Compiled | None:
-    """The graph on packed caches, compiled; None, with the reason in the report, where there is nothing to rewrite."""
+    """The graph on packed caches, compiled; None, with the reason in the report, where there is nothing to rewrite.
+
+    Args:
+        gm: the graph that Dynamo traced.
+        example_inputs: its inputs.
+        options: checked.
+        patches: options of Inductor.
+        report: the graph's.
+        compiler: `compile_fx`, or what takes its arguments.
+    """
     found = find(gm, example_inputs, options, report)
     if found is None:
         return None
@@ -211,7 +221,7 @@ def _packed(
     log.debug("rewritten graph:\n%s", rewritten.gm.graph)
     _compat.trace_artifact("rewritten", lambda: str(rewritten.gm.graph))
     inputs = [*(_compat.canonical(example_inputs[i]) for i in rewritten.kept), *rewritten.examples]
-    fn = _compat.compile_fx(rewritten.gm, inputs, config_patches=patches)
+    fn = compiler(rewritten.gm, inputs, config_patches=patches)
     bound = {binding.index for binding in rewritten.bindings if binding.index is not None}
     handles = tuple(
         at for at, i in enumerate(rewritten.kept) if isinstance(example_inputs[i], CacheTensor) and i not in bound
@@ -221,12 +231,16 @@ def _packed(
     )
 
 
-def _untouched(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any], report: GraphReport
+def untouched(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    patches: Mapping[str, Any],
+    report: GraphReport,
+    compiler: Callable[..., Compiled],
 ) -> Compiled:
-    """The same graph, compiled by Inductor; handles among its inputs are read dense at each call."""
+    """The same graph, compiled as it is; handles among its inputs are read dense at each call. See `packed`."""
     handles = tuple(i for i, x in enumerate(example_inputs) if isinstance(x, CacheTensor))
-    fn = _compat.compile_fx(gm, example_inputs, config_patches=patches)
+    fn = compiler(gm, example_inputs, config_patches=patches)
     return DenseGraph(fn, handles, report) if handles else fn
 
 

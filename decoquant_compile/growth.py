@@ -93,6 +93,26 @@ def opened(
     return Opened(stretch.state, stretch.first, stretch.length, tokens, length)
 
 
+def copied(tensor: Tensor, dims: Dims, form: Format, tokens: int, mask: tuple[Tensor, int] | None) -> Opened:
+    """The content of a cache in a state of its own and of its size, for a call that returns it changed.
+
+    Args:
+        tensor: a handle, or a dense tensor; it stays what it is.
+        dims: which of its dimensions is batch, head, slot, channel.
+        form: how its tokens are to be stored.
+        tokens: number of tokens to come.
+        mask: see `opened`.
+    """
+    held = state_of(tensor, dims)
+    if held is not None and held.format == form:
+        return Opened(held.clone(), 0, 0, tokens, held.slots)
+    dense = (tensor.dense() if isinstance(tensor, CacheTensor) else tensor).permute(dims)
+    batch, heads, slots, _ = dense.shape
+    state = CacheState.empty(form, batch, heads, slots, dense.device)
+    ingest(dense, state, None, mask)
+    return Opened(state, 0, slots, tokens, slots)
+
+
 def shown(tensor: object, dims: Dims, form: Format, *, grows: bool) -> Opened:
     """What a handle shows, to be read alone.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from decoquant_compile import _compat
+from decoquant_compile.handle import Dims
 from decoquant_compile.kernels import ops
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.normalize import Normal, finish
@@ -39,17 +40,24 @@ class Binding:
         outputs: positions among the graph's results that are to be a handle of the cache after the call; () for a cache
             that is written in place.
         grows: the state is a growing one, and the cache a stretch of it.
+        follows: its stretch is that of the binding before: they are keys and values of one attention.
         writes: whether the graph writes it at all.
     """
 
     index: int | None
     source: str
-    dims: tuple[int, int, int, int]
+    dims: Dims
     format: Format
     device: torch.device
     outputs: tuple[int, ...] = ()
     grows: bool = False
+    follows: bool = False
     writes: bool = True
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether the graph takes the slots of its state and the first one of its stretch."""
+        return self.grows and not self.follows
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Rewritten:
 
     Attributes:
         gm: ready for Inductor; its inputs are Dynamo's inputs `kept`, then one state buffer for each binding, then, for
-            each pair of bindings that grow, the slots of their states and the first slot of what the inputs show.
+            each binding that `is_placed`, the slots of its state and the first slot of what the input shows.
         kept: positions, among Dynamo's inputs, of those that the graph still takes.
         bindings: the cache tensors, in the order of the state buffers: keys and values in turn.
         examples: example buffers and numbers for the compiler.
@@ -135,7 +143,7 @@ class _Rewriter:
     bindings: list[Binding] = field(default_factory=list)
     states: dict[fx.Node, fx.Node] = field(default_factory=dict)  # by cache tensor
     examples: list[Tensor] = field(default_factory=list)
-    rooms: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # by the key cache: its numbers
+    rooms: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # by placed cache: its numbers
     numbers: list[torch.SymInt] = field(default_factory=list)
     wanted: list[tuple[Int | None, fx.Node | None, Int]] = field(default_factory=list)
     replaced: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
@@ -147,21 +155,23 @@ class _Rewriter:
     def run(self, sites: Sequence[Site | RebuiltSite], formats: Mapping[fx.Node, Format]) -> Rewritten:
         inputs = self.normal.placeholders
         attended = [self._full_mask(site) for site in sites if isinstance(site, Site)]
-        rebuilt = list({c.write.buffer: c for s in sites if isinstance(s, RebuiltSite) for c in s.caches}.values())
+        rebuilt = list({c.write.cache: c for s in sites if isinstance(s, RebuiltSite) for c in s.caches}.values())
         storing = _storing(attended)
         for site in storing:
             self._note(site)
-            for write in (site.key, site.value):
-                self._bind(write, site.dims, formats[write.cache])
+            self._bind(site.key, site.dims, formats[site.key.cache])
+            self._bind(site.value, site.dims, formats[site.value.cache], follows=True)
         for cache in rebuilt:
             self.wanted.append((_held(cache.write), None, 0))
             self._bind(cache.write, cache.dims, formats[cache.write.cache])
-        for site in storing:
-            if site.key.grows:
-                self._make_room(site.key)
+        bound = [(write, site.dims) for site in storing for write in (site.key, site.value)]
+        bound += [(cache.write, cache.dims) for cache in rebuilt]
+        for (write, _), binding in zip(bound, self.bindings, strict=True):
+            if binding.is_placed:
+                self._make_room(write)
         # Before the writes go: the probe copies nodes of the graph as it came.
         probe = _probe(self.normal.gm, inputs, self.wanted)
-        sizes = self._sizes(inputs, storing)
+        sizes = self._sizes(inputs, bound)
         for site in attended:
             self._replace(site, formats[site.key.cache], formats[site.value.cache], stores=site in storing)
         for cache in rebuilt:
@@ -171,7 +181,7 @@ class _Rewriter:
             self.graph.erase_node(old)
         held = set(self.states)
         self.normal.mutations = [(value, target) for value, target in self.normal.mutations if target not in held]
-        returned = {write.cache for site in attended for write in (site.key, site.value) if write.returned}
+        returned = {write.cache for write, _ in bound if write.returned}
         self.normal.outputs = tuple(None if x in returned else x for x in self.normal.outputs)
         for node in self.graph.find_nodes(op="call_function", target=aten.view.default):
             # A view was chosen for the strides of an operand that may be another now.
@@ -186,7 +196,7 @@ class _Rewriter:
         examples: tuple[Tensor | torch.SymInt, ...] = (*self.examples, *self.numbers)
         return Rewritten(gm, kept, tuple(self.bindings), examples, probe, sizes)
 
-    def _bind(self, write: CacheWrite, dims: tuple[int, int, int, int], format_: Format) -> None:
+    def _bind(self, write: CacheWrite, dims: Dims, format_: Format, *, follows: bool = False) -> None:
         index = None if write.born else self.normal.placeholders.index(write.buffer)
         outputs = [i for i, x in enumerate(self.normal.outputs) if write.returned and x is write.value]
         device = write.cache.meta["val"].device
@@ -199,7 +209,10 @@ class _Rewriter:
         self.states[write.cache] = state
         self.examples.append(example)
         source = "" if write.born else self.normal.source(write.buffer)
-        self.bindings.append(Binding(index, source, dims, format_, device, tuple(outputs), write.grows, write.writes))
+        grows = write.grows
+        self.bindings.append(
+            Binding(index, source, dims, format_, device, tuple(outputs), grows, grows and follows, write.writes)
+        )
 
     def _make_room(self, write: CacheWrite) -> None:
         """Add the inputs that tell where the tokens of a growing cache stand."""
@@ -213,26 +226,23 @@ class _Rewriter:
             nodes.append(node)
         self.rooms[write.cache] = (nodes[0], nodes[1])
 
-    def _sizes(self, inputs: Sequence[fx.Node], sites: Sequence[Site]) -> Sizes:
+    def _sizes(self, inputs: Sequence[fx.Node], bound: Sequence[tuple[CacheWrite, Dims]]) -> Sizes:
         """What has to be known of each returned cache before and after a call."""
         outputs: list[fx.Node] = []
         rows: list[tuple[int | tuple[int], ...]] = []
-        for site in sites:
-            for write in (site.key, site.value):
-                cache, new = shape(write.cache), shape(write.new)
-                batch, heads, slot, _ = site.dims
-                row: list[int | tuple[int]] = []
-                for size in (cache[batch], cache[heads], new[slot], cache[slot]) if write.returned else ():
-                    with self.graph.inserting_before(self.graph.output_node()):
-                        number = _compat.size_node(self.graph, size)
-                    if isinstance(number, int):
-                        row.append(number)
-                        continue
-                    if number not in outputs:
-                        outputs.append(number)
-                    row.append((outputs.index(number),))
-                rows.append(tuple(row))
-        rows += [()] * (len(self.bindings) - len(rows))
+        for write, (batch, heads, slot, _) in bound:
+            cache, new = shape(write.cache), shape(write.new)
+            row: list[int | tuple[int]] = []
+            for size in (cache[batch], cache[heads], new[slot], cache[slot]) if write.returned else ():
+                with self.graph.inserting_before(self.graph.output_node()):
+                    number = _compat.size_node(self.graph, size)
+                if isinstance(number, int):
+                    row.append(number)
+                    continue
+                if number not in outputs:
+                    outputs.append(number)
+                row.append((outputs.index(number),))
+            rows.append(tuple(row))
         if not outputs:
             return Sizes(None, (), tuple(rows))
         graph, taken = _cut(self.normal.gm, inputs, outputs)
@@ -304,13 +314,34 @@ class _Rewriter:
 
         The graph's own write stays, on the rebuilt tensor: so the new tokens are read exactly, as `attend` reads them.
         """
+        write, dims = cache.write, cache.dims
+        slots, first = self._room(write, dims)
+        dense = None if write.born else self._dense(cache, state, format_, slots, first)
+        needed = (dense, write.new, write.positions, write.start, write.kept)
+        last = max(node for node in needed if isinstance(node, fx.Node))
+        with self.graph.inserting_before(last.next):
+            new = self._tokens(write, dims)
+            stored, shift = self._placing(write, self._size(new, 2), slots, first, new)
+            rows = None
+            if write.partial is not None:
+                new, rows = self._padded(new, self._size(new, 0), self._size(write.cache, dims[0]))
+            self.graph.call_function(ops.store, (state, new, stored, None, None, slots, shift, 0, format_.key(), rows))
+
+    def _dense(self, cache: RebuiltCache, state: fx.Node, format_: Format, slots: Int, first: Int) -> fx.Node | None:
+        """Put the rebuilt cache in place of the input that holds it; None where there is nothing in it yet."""
         write, buffer = cache.write, cache.write.buffer
+        if write.form == "cat" and write.kept == 0:
+            return None
         readers = [user for user in buffer.users if user.target is not aten.sym_size.int]
         # Where they are known by then, the new tokens keep the compiler from rebuilding the caches of all layers first.
         after = write.new if write.new < min(readers) else None
         with self.graph.inserting_before(min(readers)):
-            batch, heads, slots = (self._size(buffer, dim) for dim in cache.dims[:3])
-            dense = self.graph.call_function(ops.dequantise, (state, batch, heads, slots, format_.key(), after))
+            batch, heads, length = (self._size(buffer, dim) for dim in cache.dims[:3])
+            if write.grows:
+                arguments = (state, batch, heads, slots, first, length, format_.key(), after)
+                dense = self.graph.call_function(ops.dequantise_stretch, arguments)
+            else:
+                dense = self.graph.call_function(ops.dequantise, (state, batch, heads, slots, format_.key(), after))
             if cache.dims != (0, 1, 2, 3):
                 order = [cache.dims.index(dim) for dim in range(4)]
                 dense = self.graph.call_function(aten.permute.default, (dense, order))
@@ -320,15 +351,7 @@ class _Rewriter:
             dense.meta["val"] = buffer.meta["val"]
         for user in readers:
             user.replace_input_with(buffer, dense)
-        needed = (dense, write.new, write.positions, write.start, write.kept)
-        last = max(node for node in needed if isinstance(node, fx.Node))
-        with self.graph.inserting_before(last.next):
-            new = self._tokens(write, cache.dims)
-            stored, shift = self._placing(write, self._size(new, 2), slots, 0, new)
-            rows = None
-            if write.partial is not None:
-                new, rows = self._padded(new, self._size(new, 0), batch)
-            self.graph.call_function(ops.store, (state, new, stored, None, None, slots, shift, 0, format_.key(), rows))
+        return dense
 
     def _padded(self, new: fx.Node, written: Int, batch: Int) -> tuple[fx.Node, fx.Node]:
         """New tokens of the first sequences as tokens of all, and which of them are to be stored: [batch, tokens]."""
@@ -340,7 +363,7 @@ class _Rewriter:
         rows = self.graph.call_function(aten.unsqueeze.default, (rows, 1))
         return new, self.graph.call_function(aten.expand.default, (rows, [batch, tokens]))
 
-    def _tokens(self, write: CacheWrite, dims: tuple[int, int, int, int]) -> fx.Node:
+    def _tokens(self, write: CacheWrite, dims: Dims) -> fx.Node:
         """The new tokens as the cache would hold them: its dtype, [batch, heads, tokens, channels]."""
         if not write.writes:
             batch, heads, _, channels = (self._size(write.cache, dim) for dim in dims)
@@ -362,10 +385,12 @@ class _Rewriter:
     def _place(self, write: CacheWrite, site: Site) -> tuple[Int, Int]:
         """Slots of a state, and which of them is the first key of the attention."""
         first: Int = site.read.first if site.read is not None else 0
-        if not write.grows:
-            return self._size(write.cache, site.dims[2]), first
-        slots, shown = self.rooms[site.key.cache]
+        slots, shown = self._room(site.key if write.grows else write, site.dims)
         return slots, self._add(shown, first)
+
+    def _room(self, write: CacheWrite, dims: Dims) -> tuple[Int, Int]:
+        """Slots of a state, and the first one of the cache before the call."""
+        return self.rooms[write.cache] if write.grows else (self._size(write.cache, dims[2]), 0)
 
     def _placing(self, write: CacheWrite, tokens: Int, slots: Int, first: Int, like: fx.Node) -> tuple[fx.Node, Int]:
         """Slots that the new tokens take, after the cache has moved left by the second value."""

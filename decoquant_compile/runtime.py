@@ -160,7 +160,7 @@ class PackedGraph:
         numbers = [
             number
             for i, binding in enumerate(self.bindings)
-            if binding.grows and binding.format.role == "key"
+            if binding.is_placed
             for number in (opened[i].state.slots, opened[i].first)
         ]
         kept = [args[i] for i in self.kept]
@@ -197,13 +197,15 @@ class PackedGraph:
             if binding.grows:
                 empty = (batch, heads, binding.device)
                 opened[i] = growth.opened(tensor, binding.dims, binding.format, tokens, length, mask, taken, empty)
-            else:
+            elif tensor is None:
                 state = CacheState.empty(binding.format, batch, heads, length, binding.device)
                 opened[i] = Opened(state, 0, 0, tokens, length)
+            else:
+                opened[i] = growth.copied(tensor, binding.dims, binding.format, tokens, mask)
             taken.add(id(opened[i].state))
         for i, binding in enumerate(self.bindings):
-            if binding.grows and binding.format.role == "key":
-                opened[i], opened[i + 1] = growth.levelled(opened[i], opened[i + 1])
+            if binding.follows:
+                opened[i - 1], opened[i] = growth.levelled(opened[i - 1], opened[i])
         return opened
 
     def _with_handles(self, results: Sequence[Any], opened: Mapping[int, Opened]) -> list[Any]:

@@ -29,6 +29,11 @@ _DEQUANTISE: Final = (
     "dequantise_v4(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format, Tensor? after=None) -> Tensor"
 )
 
+_STRETCH: Final = (
+    "dequantise_stretch_v4(Tensor state, SymInt batch, SymInt heads, SymInt slots, SymInt first, SymInt length,"
+    " str format, Tensor? after=None) -> Tensor"
+)
+
 
 def _store(
     state: Tensor,
@@ -101,6 +106,34 @@ def _dequantise_fake(
     del after
     form = Format.parse(format)
     return state.new_empty((batch, heads, slots, form.head_dim), dtype=form.dtype)
+
+
+def _stretch(
+    state: Tensor,
+    batch: int,
+    heads: int,
+    slots: int,
+    first: int,
+    length: int,
+    format: str,  # noqa: A002
+    after: Tensor | None = None,
+) -> Tensor:
+    del after
+    return dequantise(state, batch, heads, slots, format).narrow(2, first, length).contiguous()
+
+
+def _stretch_fake(
+    state: Tensor,
+    batch: int,
+    heads: int,
+    slots: int,
+    first: int,
+    length: int,
+    format: str,  # noqa: A002
+    after: Tensor | None = None,
+) -> Tensor:
+    del slots, first
+    return _dequantise_fake(state, batch, heads, length, format, after)
 
 
 def _native_or(portable: Callable[..., Any], method: str) -> Callable[..., Any]:
@@ -193,6 +226,9 @@ def _register(
 _register(_STORE, _store, _store_fake, _store_triton)
 _register(_ATTEND, _attend, _attend_fake, _attend_triton)
 _register(_DEQUANTISE, _dequantise, _dequantise_fake, _dequantise_triton)
+_LIBRARY.define(_STRETCH, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+_LIBRARY.impl(_STRETCH.partition("(")[0], _stretch, "CompositeExplicitAutograd")
+torch.library.register_fake(f"decoquant::{_STRETCH.partition('(')[0]}", _stretch_fake, lib=_LIBRARY)
 
 store: Final = torch.ops.decoquant.store_v4.default
 """`reference.store` with the format as a key."""
@@ -201,3 +237,6 @@ attend: Final = torch.ops.decoquant.attend_v4.default
 dequantise: Final = torch.ops.decoquant.dequantise_v4.default
 """`reference.dequantise` with the format as a key. `after` is not read: a compiler that reorders cannot rebuild a cache
 before `after` has been computed, while nothing needs it yet."""
+dequantise_stretch: Final = torch.ops.decoquant.dequantise_stretch_v4.default
+"""The slots ``[first, first + length)`` of `dequantise`, contiguous. Nothing is asked of `slots` and `first` when it is
+traced: a graph may take both as numbers that no shape depends on."""

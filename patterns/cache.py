@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from decoquant_compile.patterns.movement import constant, is_identity, operand, peel, plain, sliced, start_of
+from decoquant_compile.patterns.movement import constant, is_identity, moves, operand, peel, plain, sliced, start_of
 from decoquant_compile.patterns.reject import Problem, Reason
 from decoquant_compile.patterns.symbols import (
     Int,
@@ -118,21 +118,38 @@ def parse_returned(value: fx.Node) -> CacheWrite | Problem | None:
         value: a tensor that the graph returns.
     """
     seen = plain(value)
+    if seen.target is aten.slice.Tensor and (base := _overwritten(value)) is not None:
+        return _as_returned(_tail(base, value, seen))
     if seen.target is aten.slice.Tensor and operand(seen).target is aten.cat.default:
         return _grown_tail(value, seen)
     if seen.target is aten.cat.default:
         return _grown(value, seen)
-    if seen.target not in FORMS or seen.target is aten.slice.Tensor:
+    rule = _COPYING.get(seen.target)
+    if rule is None:
         return None
-    base = plain(seen.all_input_nodes[0])
-    if base.op == "placeholder":
-        return Problem(Reason.FUNCTIONAL_CACHE, base.name)
-    if getattr(base.target, "overloadpacket", None) not in _BIRTHS:
-        return None
-    if not _is_zero(base):
-        return Problem(Reason.CACHE_BORN_INSIDE, f"{base.name} is not zero")
-    write = FORMS[seen.target](base, value, seen)
+    base = plain(seen.args[_BASE.get(seen.target, 0)])
+    if base.op != "placeholder":
+        if getattr(base.target, "overloadpacket", None) not in _BIRTHS:
+            return None
+        if not _is_zero(base):
+            return Problem(Reason.CACHE_BORN_INSIDE, f"{base.name} is not zero")
+    return _as_returned(rule(base, value, seen))
+
+
+def _as_returned(write: CacheWrite | Problem) -> CacheWrite | Problem:
     return write if isinstance(write, Problem) else replace(write, returned=True)
+
+
+def _overwritten(value: fx.Node) -> fx.Node | None:
+    """The new tensor of zeros whose elements are all replaced by those of `value`; None if it is no such copy."""
+    node = value
+    while moves(node) and same_shape(shape(node), shape(operand(node))):
+        if node.target is aten.copy.default:
+            assert isinstance(node.args[0], fx.Node)
+            base = plain(node.args[0])
+            return base if getattr(base.target, "overloadpacket", None) in _BIRTHS and _is_zero(base) else None
+        node = operand(node)
+    return None
 
 
 def _grown(value: fx.Node, seen: fx.Node) -> CacheWrite | Problem | None:
@@ -466,3 +483,9 @@ FORMS: dict[object, Callable[[fx.Node, fx.Node, fx.Node], CacheWrite | Problem]]
 
 _BLENDS = {aten.where.self: _where, aten.add.Tensor: _blend}
 """Common in other places: a write only where an input of the graph becomes the result."""
+
+_COPYING = {target: rule for target, rule in FORMS.items() if rule not in (_cat, _tail)} | {aten.where.self: _where}
+"""Those that make a whole cache: of a tensor of zeros, or of one that stays as it is."""
+
+_BASE = {aten.where.self: 2}
+"""Which argument the old tokens are, if it is not the first."""

@@ -64,6 +64,8 @@ def attentions(
                 found |= {(attention, side) for side in sides}
             elif (to := _follow(node, dim, user)) is not None:
                 todo.append((user, to, multiplied or user.target in _PAIRING))
+            elif user in readers and _masks(node, dim, user):
+                continue
             elif not (multiplied or _ignores(node, user) or (user.op == "output" and node is value)):
                 return set()
     return found
@@ -74,6 +76,12 @@ def _ignores(node: fx.Node, user: fx.Node) -> bool:
     if getattr(user.target, "overloadpacket", None) in _SHAPED or user.target is aten.sym_size.int:
         return True
     return user.target is aten.copy.default and user.args[1] is not node
+
+
+def _masks(node: fx.Node, dim: int, reader: fx.Node) -> bool:
+    """Whether a tensor masks an attention, along its keys."""
+    fused = reader.target not in _SOFTMAX and reader.target not in _PRODUCTS
+    return fused and dim == len(shape(node)) - 1 and node not in reader.args[:3] and node in reader.args[3:4]
 
 
 def _sides(node: fx.Node, dim: int, reader: fx.Node) -> set[Side]:

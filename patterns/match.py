@@ -163,8 +163,11 @@ class _Matcher:
             if len(shape(buffer)) >= 3:
                 self.evidence[buffer] = Problem(Reason.READ_BEFORE_WRITE, buffer.name)
                 self._learn(buffer, value, parse(buffer, value))
+        mutated = {buffer for _, buffer in self.mutations}
         for output in dict.fromkeys(self.outputs):
-            if len(shape(output)) >= 3 and (write := parse_returned(output)) is not None:
+            write = parse_returned(output) if len(shape(output)) >= 3 else None
+            is_known = isinstance(write, CacheWrite) and write.buffer in mutated
+            if write is not None and not is_known:
                 self._learn(output, output, write)
         written = {write.buffer for write in self.writes.values()} | self.evidence.keys()
         for buffer in [node for node in held if node not in written]:
@@ -224,18 +227,21 @@ class _Matcher:
             joined: what each attention is, by its anchor.
         """
         held = {w.cache for site in joined.values() if isinstance(site, Site) for w in (site.key, site.value)}
+        mutating = {value for value, _ in self.mutations}
         reading: dict[fx.Node, list[tuple[RebuiltCache, set[flow.Side]]]] = {}
-        for buffer, write in self.writes.items():
-            # What is returned would have to be the handle.
-            if write.returned or not write.writes or buffer in held or buffer in self.outputs:
+        for cache, write in self.writes.items():
+            # Where it is written in place, what is returned would have to be the handle, and the other way round.
+            elsewhere = mutating if write.returned else self.outputs
+            if not write.writes or cache in held or cache in elsewhere:
                 continue
-            reached = flow.attentions(buffer, write.slot_dim, self.readers, write.value)
+            start = write.seen if write.born else write.buffer
+            reached = flow.attentions(start, write.slot_dim, self.readers, write.value)
             dims = _dims(write)
             if not reached or dims is None:
                 continue
-            cache = RebuiltCache(write, "key" if {side for _, side in reached} == {"key"} else "value", dims)
+            rebuilt = RebuiltCache(write, "key" if {side for _, side in reached} == {"key"} else "value", dims)
             for anchor in {anchor for anchor, _ in reached}:
-                reading.setdefault(anchor, []).append((cache, {side for a, side in reached if a is anchor}))
+                reading.setdefault(anchor, []).append((rebuilt, {side for a, side in reached if a is anchor}))
         results: list[Site | RebuiltSite | Reject] = []
         for anchor, result in joined.items():
             caches = reading.get(anchor, [])
@@ -398,11 +404,11 @@ def _dims(write: CacheWrite) -> tuple[int, int, int, int] | None:
     Batches stand outside of heads, and channels inside of all but slots. Where that is wrong, the cache is stored less
     well, and read as well.
     """
-    buffer, slot = write.buffer, write.slot_dim
-    if len(shape(buffer)) != 4 or dtype(buffer) not in _FLOATS:
+    cache, slot = write.cache, write.slot_dim
+    if len(shape(cache)) != 4 or dtype(cache) not in _FLOATS:
         return None
     batch, head, channel = (d for d in range(4) if d != slot)
-    if write.partial not in (None, batch) or not isinstance(shape(buffer)[channel], int):
+    if write.partial not in (None, batch) or not isinstance(shape(cache)[channel], int):
         return None
     return batch, head, slot, channel
 

@@ -18,7 +18,6 @@ class Reason(enum.Enum):
     ONLY_ONE_CACHED = "of keys and values, only one is cached"
     CACHE_BORN_INSIDE = "the cache is created in this graph, with values that nobody wrote"
     GROWING_CACHE = "the cache grows by more than new tokens behind the old ones"
-    FUNCTIONAL_CACHE = "the updated cache is returned as a new tensor, not written in place"
     READ_BEFORE_WRITE = "the attention reads the cache as it was before this call's write"
     WRITE_NOT_READ = "the graph writes this cache, but no attention in it reads it"
     UNKNOWN_WRITE = "the cache is written in a way that is not understood"

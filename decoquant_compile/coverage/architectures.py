@@ -69,6 +69,7 @@ _HYBRID: Final[dict[str, Any]] = {
 _VARIANTS: Final[Sequence[Mapping[str, Any]]] = (
     {},
     {"num_key_value_heads": 4},
+    {"num_key_value_heads": 4, "head_dim": 8, "num_experts_per_tok": 2},
     {"head_dim": 16, "num_key_value_heads": 2},
     _HYBRID,
     _HYBRID | {"layer_types": ["mamba", "attention"]},

@@ -5,13 +5,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from decoquant_compile import _compat
-from decoquant_compile.backend import contained, decoquant_backend, find
+from decoquant_compile.backend import contained, decoquant_backend, packed, untouched
 from decoquant_compile.coverage.architectures import Architecture, Unavailable, one_line, prompts
 from decoquant_compile.coverage.idioms import IDIOMS, Handwritten
 from decoquant_compile.options import Options
@@ -108,6 +108,11 @@ class Cell:
         return bool(self.attentions) and self.rewritten == len(self.attentions)
 
     @property
+    def rebuilt(self) -> bool:
+        """Whether some read caches that are dequantised in each call."""
+        return any("rebuilt" in a.form for a in self.attentions)
+
+    @property
     def reasons(self) -> Counter[str]:
         """Why others do not."""
         return Counter(a.outcome for a in self.attentions if a.outcome != "rewritten")
@@ -119,22 +124,36 @@ class Cell:
 
 
 class Matcher:
-    """A backend that matches each graph and runs it as Dynamo traced it; `ran` are the graphs that a call ran."""
+    """A backend that rewrites each graph and runs it node by node.
+
+    Attributes:
+        ran: the graphs that a call ran, each with the number of its packed caches.
+    """
+
+    _decoquant_backend: ClassVar[bool] = True  # handles may come in
 
     def __init__(self) -> None:
-        self.ran: list[GraphReport] = []
+        self.ran: list[tuple[GraphReport, int]] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Match a graph; what runs it as it came."""
+        """Rewrite a graph; what runs it."""
         report = GraphReport(_compat.graph_name())
+        compiled: Callable[..., Any] | None = None
         with contained(report):
-            find(gm, example_inputs, Options(), report)
+            compiled = packed(gm, example_inputs, Options(), {}, report, _uncompiled)
+        whole = compiled or untouched(gm, example_inputs, {}, report, _uncompiled)
+        caches = len(getattr(compiled, "bindings", ())) // 2
 
         def run(*inputs: Any) -> Any:
-            self.ran.append(report)
-            return gm.forward(*inputs)
+            self.ran.append((report, caches))
+            return whole(*inputs)
 
         return run
+
+
+def _uncompiled(gm: fx.GraphModule, _: Sequence[Any], **__: Any) -> Callable[..., Any]:
+    forward: Callable[..., Any] = gm.forward
+    return forward
 
 
 def measure(
@@ -199,10 +218,10 @@ def _measure(subject: Subject, compiled: Callable[..., Any], matcher: Matcher, c
             cell.attentions.append(Attention("", "", "ERROR", one_line(error)))
 
 
-def _attentions(ran: Sequence[GraphReport], seen: set[int], tokens: int, held: int) -> Iterator[Attention]:
+def _attentions(ran: Sequence[tuple[GraphReport, int]], seen: set[int], tokens: int, held: int) -> Iterator[Attention]:
     """The attentions of a call, but for those of graphs that were seen before."""
     hidden = False
-    for graph in ran:
+    for graph, _ in ran:
         unread = graph.untouched in (Untouched.UNSUPPORTED, Untouched.INTERNAL_ERROR, Untouched.GRADIENTS)
         hidden |= unread
         if id(graph) in seen:
@@ -212,7 +231,7 @@ def _attentions(ran: Sequence[GraphReport], seen: set[int], tokens: int, held: i
         if unread:
             assert graph.untouched is not None
             yield Attention("", "", graph.untouched.name, graph.detail)
-    found = sum(len(graph.findings) for graph in ran)
+    found = sum(max(len(graph.findings), packed_caches) for graph, packed_caches in ran)  # one may read two caches
     if found < held and not hidden:
         yield Attention("", "", "UNSEEN", f"{found} attentions for {held} caches in a call of {tokens} tokens")
 

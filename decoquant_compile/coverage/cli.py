@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from decoquant_compile.coverage import architectures, report, timing
-from decoquant_compile.coverage.cells import ATTENTIONS, BOUNDS, CACHES, PREFILLS, Cell, measure
+from decoquant_compile.coverage.cells import ATTENTIONS, BOUNDS, CACHES, OWN, PREFILLS, Cell, measure
 from decoquant_compile.coverage.idioms import IDIOMS
 
-_WRITERS: Final = {".json": report.document, ".md": lambda cells, _: report.markdown(cells)}
+_WRITERS: Final = {".json": report.document, ".md": report.markdown}
 
 
 def _several(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
@@ -61,6 +61,13 @@ def _out(_: click.Context, __: click.Parameter, paths: tuple[pathlib.Path, ...])
 )
 @click.option("--time", "timed", is_flag=True, help="Only measure what share of a compile the matcher takes.")
 @click.option(
+    "--known",
+    type=click.Path(dir_okay=False, exists=True, path_type=pathlib.Path),
+    multiple=True,
+    metavar="FILE",
+    help="Take from the .json of an earlier run what it has of the models asked for; may be given again.",
+)
+@click.option(
     "--out",
     type=click.Path(dir_okay=False, writable=True, path_type=pathlib.Path),
     callback=_out,
@@ -75,6 +82,7 @@ def main(
     prefill: tuple[str, ...],
     check: bool,
     timed: bool,
+    known: tuple[pathlib.Path, ...],
     out: tuple[pathlib.Path, ...],
 ) -> None:
     """Measure cell after cell, show the table, write the results."""
@@ -85,6 +93,11 @@ def main(
         console.print(str(timing.measure()), highlight=False)
         return
     cells: list[Cell] = []
+    settings = {"attention": attention, "cache": cache, "prefill": prefill, "check": check}
+    earlier: dict[tuple[str, str], list[Cell]] = {}
+    for path in known:
+        for cell in report.read(path.read_text(encoding="utf-8")):
+            earlier.setdefault((cell.subject, cell.attention), []).append(cell)
     jobs = [(name, kind) for name in only for kind in (attention[:1] if name in IDIOMS else attention)]
     bars = (
         *Progress.get_default_columns()[:-1],
@@ -94,15 +107,13 @@ def main(
     )
     with Progress(*bars, console=console, transient=True) as progress:
         task = progress.add_task("coverage", total=len(jobs), now="")
-        try:
-            for name, kind in jobs:
-                progress.update(task, now=f"{name} {kind}")
-                cells += measure(name, kind, cache, prefill, tuple(BOUNDS) if check else ())
-                progress.advance(task)
-        finally:  # also what an interrupted run has measured
-            settings = {"attention": attention, "cache": cache, "prefill": prefill, "check": check}
-            for path in out if cells else ():
+        for name, kind in jobs:
+            progress.update(task, now=f"{name} {kind}")
+            done = earlier.get((name, OWN if name in IDIOMS else kind))
+            cells += done or measure(name, kind, cache, prefill, tuple(BOUNDS) if check else ())
+            for path in out:  # at once: an interrupted run can be gone on with
                 path.write_text(_WRITERS[path.suffix](cells, settings), encoding="utf-8")
+            progress.advance(task)
     console.print(report.tables(cells))
     for path in out:
         console.print(f"written: {path}")

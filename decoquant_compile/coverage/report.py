@@ -2,15 +2,17 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Any, Final, cast
 
+import torch
+import transformers
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from decoquant_compile.coverage.cells import Cell
+from decoquant_compile.coverage.cells import Attention, Cell, Check
 
 _EXAMPLES: Final = 3
 
@@ -47,6 +49,7 @@ def summary(cells: Sequence[Cell]) -> dict[str, Any]:
         "cells": len(run),
         "complete": sum(c.complete for c in run),
         "share": sum(c.complete for c in run) / max(len(run), 1),
+        "without rebuilt caches": sum(c.complete and not c.rebuilt for c in run),
         "attentions": len(attentions),
         "rewritten": sum(a.outcome == "rewritten" for a in attentions),
         "refused": len(cells) - len(run),
@@ -95,12 +98,21 @@ def _sentence(cells: Sequence[Cell]) -> str:
     s = summary(cells)
     line = (
         f"{s['complete']} of {s['cells']} cells ({s['share']:.1%}) of {s['subjects']} architectures and idioms are "
-        f"rewritten throughout, {s['rewritten']} of {s['attentions']} attentions. "
-        f"The library refuses {s['refused']} other cells."
+        f"rewritten throughout ({s['without rebuilt caches']} of them without rebuilding a cache), "
+        f"{s['rewritten']} of {s['attentions']} attentions. {s['refused']} other cells do not run without us."
     )
     if s["checked"]:
         line += f" {s['checked']} cells checked, {len(s['wrong'])} wrong."
     return line
+
+
+def _by_attention(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for attention, own in _grouped(cells, lambda c: c.attention).items():
+        s = summary(own)
+        plainly = s["without rebuilt caches"] / max(s["cells"], 1)
+        rows.append([attention, str(s["subjects"]), str(s["cells"]), f"{s['share']:.1%}", f"{plainly:.1%}"])
+    return ["attention", "models", "cells", "rewritten throughout", "without rebuilding a cache"], rows
 
 
 def tables(cells: Sequence[Cell]) -> RenderableType:
@@ -119,15 +131,24 @@ def tables(cells: Sequence[Cell]) -> RenderableType:
     return Group(table, reasons, Text(_sentence(cells)))
 
 
-def markdown(cells: Sequence[Cell]) -> str:
+def markdown(cells: Sequence[Cell], settings: Mapping[str, Any]) -> str:
     """All cells, as Markdown."""
     why, refused = _details(cells)
+    chosen = " ".join(f"--{name} {','.join(settings[name])}" for name in ("attention", "cache", "prefill"))
+    origin = (
+        f"Made by `python -m decoquant_compile.coverage {chosen}` with torch {torch.__version__} and transformers "
+        f"{transformers.__version__}: tiny random models, batch 1. A cell says how many attentions of all compiled "
+        "graphs read a packed cache, of how many, and why the others do not; `-` was not run."
+    )
     parts = [
+        "# Which attentions are rewritten",
+        origin,
         _sentence(cells),
+        _markdown(*_by_attention(cells)),
         _markdown(*_rows(cells)),
         "Why attentions were left alone:",
         _markdown(["reason", "form", "cells", "such as"], why),
-        "What transformers or plain `torch.compile` does not run:",
+        "What does not run: what transformers, or plain `torch.compile`, says of these tiny models:",
         _markdown(["its answer", "cells", "where"], refused),
     ]
     return "\n\n".join(parts) + "\n"
@@ -138,6 +159,15 @@ def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def document(cells: Sequence[Cell], settings: dict[str, Any]) -> str:
+def document(cells: Sequence[Cell], settings: Mapping[str, Any]) -> str:
     """All cells, as JSON."""
     return json.dumps({"settings": settings, "summary": summary(cells), "cells": [asdict(c) for c in cells]}, indent=1)
+
+
+def read(text: str) -> list[Cell]:
+    """The cells of a `document`."""
+    cells = [Cell(**cell) for cell in json.loads(text)["cells"]]
+    for cell in cells:
+        cell.attentions = [Attention(**a) for a in cast("list[Any]", cell.attentions)]
+        cell.checks = {int(bits): Check(**c) for bits, c in cast("dict[Any, Any]", cell.checks).items()}
+    return cells

@@ -36,7 +36,7 @@ def test_idioms(name):
 def test_a_missed_attention_is_no_success(monkeypatch):
     for missed in (False, True):
         if missed:
-            monkeypatch.setattr(coverage_cells, "find", lambda *_: None)
+            monkeypatch.setattr(coverage_cells, "packed", lambda *_: None)
         (cell,) = cells("MetaLlama", "own", prefills=("one",))
         assert cell.complete != missed
         assert {a.outcome for a in cell.attentions} == ({"UNSEEN"} if missed else {"rewritten"})

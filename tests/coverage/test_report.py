@@ -1,6 +1,7 @@
 """Tables of cells that are made up."""
 
 import json
+import unittest.mock
 
 import pytest
 from click.testing import CliRunner
@@ -36,7 +37,11 @@ def test_wrong_results_are_named():
 def test_tables(tmp_path):
     document = json.loads(report.document(CELLS, {"check": True}))
     assert len(document["cells"]) == 4
-    markdown = report.markdown(CELLS)
+    assert report.read(json.dumps(document)) == CELLS
+    settings = {"attention": ["sdpa"], "cache": ["static", "dynamic"], "prefill": ["one"]}
+    markdown = report.markdown(CELLS, settings)
+    assert "--attention sdpa --cache static,dynamic --prefill one" in markdown
+    assert "| sdpa | 1 | 2 | 50.0% | 50.0% |" in markdown
     assert "| a | sdpa/slice, sdpa | 2/2" in markdown
     assert "ValueError: no" in markdown
     assert "\n| b |" not in markdown
@@ -62,3 +67,14 @@ def test_the_whole_way(tmp_path):
     (cell,) = json.loads(out[0].read_text())["cells"]
     assert {a["outcome"] for a in cell["attentions"]} == {"rewritten"}
     assert "| Ring |" in out[1].read_text()
+    out[1].unlink()
+    known = ["--known", str(out[0]), "--only", "Ring", "--out", str(out[1])]
+    with unittest.mock.patch.object(cli, "measure", side_effect=AssertionError("it is known")):
+        assert CliRunner().invoke(cli.main, known).exit_code == 0
+    assert "| Ring |" in out[1].read_text()
+
+
+def test_rebuilt_caches_count_apart():
+    cell = Cell("d", "sdpa", "static", "one", attentions=[Attention("sdpa, rebuilt", "cat", "rewritten")])
+    found = report.summary([*CELLS, cell])
+    assert (found["complete"], found["without rebuilt caches"]) == (2, 1)

@@ -23,7 +23,7 @@ from tests.end_to_end.harness import (
     tensors,
     write_forms,
 )
-from tests.end_to_end.models import hugging_face, prompts
+from tests.end_to_end.models import SLIDING_WINDOW, hugging_face, prompts
 
 CHUNKS = [20, *[1] * 8, 5, *[1] * 12]
 IDS = prompts(2, sum(CHUNKS))
@@ -68,6 +68,66 @@ def test_static_caches_are_born_packed():
     assert kinds == ["CacheTensor"] * 4
     assert distance(got, expected) < noise(16)
     assert_packed(tensors(cache))
+
+
+def test_a_prompt_longer_than_the_window_is_born_packed():
+    model = hugging_face("gemma3")
+    chunks = [SLIDING_WINDOW + 6, 3, *[1] * 4]
+    ids = prompts(2, sum(chunks))
+    expected = feed(model, ids, chunks, static_cache(model, 2, early=False))
+    cache = static_cache(model, 2, early=False)
+    with packing(bits=16, **SMALL):
+        forward = torch.compile(model.forward)
+        got = feed(forward, ids[:, : chunks[0]], chunks[:1], cache)
+        assert_packed(tensors(cache))
+        got = torch.cat((got, feed(forward, ids[:, chunks[0] :], chunks[1:], cache)), 1)
+    assert distance(got, expected) < noise(16)
+
+
+def put(cache, start, new):
+    return cache.index_copy(2, torch.arange(new.shape[2]) + start, new)
+
+
+def put_slice(cache, start, new):
+    cache = cache.clone()
+    cache[:, :, start : start + new.shape[2]] = new
+    return cache
+
+
+def put_one_hot(cache, start, new):
+    if new.shape[2] > 1:
+        return put(cache, start, new)
+    return torch.where((torch.arange(cache.shape[2]) == torch.tensor(start))[:, None], new, cache)
+
+
+@pytest.mark.parametrize("write", [put, put_slice, put_one_hot])
+def test_caches_that_are_returned_changed(write):
+    """The old one stays what it is: two continuations of one prefix are independent."""
+
+    def step(q, k, v, start, keys, values):
+        keys, values = write(keys, start, k), write(values, start, v)
+        mask = torch.arange(keys.shape[2]) <= start + torch.arange(q.shape[2])[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, values, mask), keys, values
+
+    def tokens(start, count):
+        return *(torch.randn(1, 2, count, 16) for _ in range(3)), start
+
+    prompt, left, right = tokens(0, 20), tokens(20, 1), tokens(20, 1)
+    empty = torch.zeros(1, 2, 40, 16), torch.zeros(1, 2, 40, 16)
+    _, *expected = step(*prompt, *empty)
+    with packing(bits=16, **SMALL), torch.no_grad():
+        compiled = torch.compile(step)
+        _, *prefix = compiled(*prompt, *empty)
+        first = compiled(*left, *prefix)
+        second = compiled(*right, *prefix)
+        third = compiled(*tokens(21, 1), *second[1:])
+    assert not any(tensor.any() for tensor in empty)
+    for new, got in ((left, first), (right, second)):
+        for x, y in zip(got, step(*new, *expected), strict=True):
+            assert distance(x, y) < noise(16)
+    for kept, x in zip(prefix, expected, strict=True):
+        assert torch.equal(kept.dense(), x)
+    assert_packed([*prefix, *first[1:], *second[1:], *third[1:]])
 
 
 class Sizes(TorchDispatchMode):

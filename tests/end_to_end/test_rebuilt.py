@@ -6,6 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from tests.end_to_end import models
 from tests.end_to_end.harness import (
@@ -18,6 +19,7 @@ from tests.end_to_end.harness import (
     shown,
     static_cache,
     tensors,
+    write_forms,
 )
 from tests.end_to_end.models import CHANNELS, HEADS, KV_HEADS, SLOTS, CacheModel, hugging_face, prompts, rotated, steps
 
@@ -104,6 +106,72 @@ def test_latent_attention_of_hugging_face(attention, bits):
                 assert distance(got, expected) < noise(bits), number
             twin = twin if bits == 16 else shown(cache)
         assert_packed(tensors(cache))
+
+
+@pytest.mark.parametrize(
+    ("attention", "bits"), [("sdpa", 16), pytest.param("eager", 16, marks=pytest.mark.slow), ("sdpa", 4)]
+)
+@torch.no_grad()
+def test_latent_attention_over_growing_caches(attention, bits):
+    model = hugging_face("deepseek_v3", attention)
+    chunks = [20, *[1] * 8, 5, *[1] * 12]
+    ids = prompts(1, sum(chunks))
+    cache, at = DynamicCache(config=model.config), 0
+    with packing(bits=bits, **SMALL) as session:
+        forward = torch.compile(model.forward)
+        for tokens in ids.split(chunks, 1):
+            twin = shown(cache) if at else DynamicCache(config=model.config)
+            got = forward(input_ids=tokens, past_key_values=cache).logits
+            expected = model(input_ids=tokens, past_key_values=twin).logits
+            assert distance(got, expected) < noise(bits), at
+            at += tokens.shape[1]
+            assert tensors(cache)[0].shape == tensors(twin)[0].shape
+            assert_packed(tensors(cache))
+    assert write_forms(session) == {"cat"}
+
+
+@torch.no_grad()
+def test_latent_attention_over_caches_that_the_prefill_creates():
+    model, ids = hugging_face("deepseek_v3"), prompts(1, 26)
+    cache, twin = static_cache(model, early=False), static_cache(model, early=False)
+    with packing(bits=16, **SMALL):
+        forward = torch.compile(model.forward)
+        for tokens in ids.split([20, 1, 1, 4], 1):
+            got = forward(input_ids=tokens, past_key_values=cache).logits
+            expected = model(input_ids=tokens, past_key_values=twin).logits
+            assert distance(got, expected) < NOISE
+            assert_packed(tensors(cache))
+
+
+@pytest.mark.parametrize("bits", [16, 3])
+@torch.no_grad()
+def test_a_growing_cache_whose_keys_are_rotated_after_every_read(bits):
+    """Its tokens come before its heads; an older version of it stays what it is."""
+
+    def step(q, k, v, past):
+        k, v = (torch.cat([old, new], 1) for old, new in zip(past, (k, v), strict=True))
+        turned, values = rotated(k.transpose(1, 2), torch.arange(k.shape[1])), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), turned, values), (k, v)
+
+    def tokens(count):
+        return [torch.randn(2, count, HEADS, CHANNELS) for _ in range(3)]
+
+    past = tuple(torch.randn(2, 20, HEADS, CHANNELS) for _ in range(2))
+    with packing(bits=bits, **SMALL):
+        compiled = torch.compile(step)
+        _, past = compiled(*tokens(1), past)
+        for count in (1, 1, 3, 1, 1):
+            new = tokens(count)
+            expected, _ = step(*new, [x.dense() for x in past])
+            got, after = compiled(*new, past)
+            assert distance(got, expected) < noise(bits)
+            if bits == 16:  # else what an older handle shows has left the window
+                other, _ = compiled(*tokens(count), past)
+                again, _ = compiled(*new, past)
+                assert distance(other, expected) > 0.1
+                assert distance(again, expected) < NOISE
+            past = after
+            assert_packed(past)
 
 
 def peak(call):

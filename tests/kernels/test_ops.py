@@ -63,6 +63,16 @@ def test_opcheck_attend(bits, dtype):
     torch.library.opcheck(ops.attend, (*attend_args(keys, values, dtype=dtype), torch.zeros(4)))
 
 
+def test_a_stretch_is_a_part_of_the_whole():
+    state = state_of("key", 4)
+    whole = ops.dequantise(state.buffer, BATCH, HEADS, SLOTS, state.format.key())
+    arguments = (state.buffer, BATCH, HEADS, SLOTS, 3, 11, state.format.key())
+    part = ops.dequantise_stretch(*arguments)
+    assert torch.equal(part, whole[:, :, 3:14])
+    assert part.is_contiguous()
+    torch.library.opcheck(ops.dequantise_stretch, arguments)
+
+
 @pytest.mark.parametrize("bits", [16, *codec.CODED_BITS])
 def test_opcheck_dequantise(bits):
     state = state_of("key", bits, dtype=torch.bfloat16)

@@ -108,10 +108,23 @@ def growing_only_by_keys(q, k, v, keys, values, positions, mask):
     return attend(q, keys[:, :, : values.shape[2]], values), keys
 
 
-@miss(Reason.FUNCTIONAL_CACHE)
-def functional(q, k, v, keys, values, positions, mask):
-    keys, values = keys.index_copy(2, positions, k), values.index_copy(2, positions, v)
-    return attend(q, keys, values, mask), keys, values
+@miss(Reason.CACHE_VALUE_ESCAPES)
+def a_new_cache_beside_the_old_one(q, k, v, keys, values, positions, mask):
+    after = keys.index_copy(2, positions, k), values.index_copy(2, positions, v)
+    return attend(q, *after, mask), *after, keys + 1
+
+
+@miss(Reason.READ_ONLY_CACHE)
+def a_new_cache_and_attention_over_the_old_one(q, k, v, keys, values, positions, mask):
+    after = keys.index_copy(2, positions, k), values.index_copy(2, positions, v)
+    return attend(q, keys, values, mask), *after
+
+
+@miss(Reason.UNKNOWN_WRITE)
+def a_new_cache_from_some_slot_on(q, k, v, keys, values, positions, mask):
+    at = (torch.arange(SLOTS) >= positions)[:, None]
+    after = torch.where(at, k, keys), torch.where(at, v, values)
+    return attend(q, *after, mask), *after
 
 
 @miss(Reason.READ_BEFORE_WRITE, rebuilt=2)

@@ -59,6 +59,19 @@ def test_an_attention_that_is_spelled_out():
     assert sides(lambda c, q: torch.einsum("bhqk,bhkd->bqhd", (q @ T.mT).softmax(-1), c)) == {"value"}
 
 
+def test_what_masks_the_keys_is_the_attentions_own_affair():
+    def masked(c, q):
+        bias = F.linear(c, torch.ones(1, CHANNELS)).sin().transpose(2, 3)
+        return F.scaled_dot_product_attention(q, T[None], c, bias)
+
+    def masked_by_queries(c, q):
+        bias = F.linear(c, torch.ones(SLOTS, CHANNELS)).sin()
+        return F.scaled_dot_product_attention(*[T.expand(BATCH, -1, -1, -1)] * 3, bias)
+
+    assert sides(masked) == {"value"}
+    assert sides(masked_by_queries) == set()
+
+
 @pytest.mark.parametrize(
     "mix",
     [
