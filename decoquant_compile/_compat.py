@@ -8,7 +8,7 @@ import copy
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from torch._dynamo import eval_frame
 from torch._dynamo.cache_size import compute_cache_size
 from torch._dynamo.exc import RestartAnalysis, SkipFrame, TensorifyScalarRestartAnalysis, UserError, UserErrorType
 from torch._dynamo.source import SyntheticLocalSource
-from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._functorch._aot_autograd import functional_utils
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor import compile_fx as inductor
@@ -103,6 +103,25 @@ error_on_graph_break = _error_on_graph_break
 def is_restart(error: BaseException) -> bool:
     """Whether an exception is Dynamo's own control flow, which a backend must let through."""
     return isinstance(error, RestartAnalysis | SkipFrame | TensorifyScalarRestartAnalysis)
+
+
+def make_constant(inputs: Iterable[fx.Node]) -> None:
+    """Let Dynamo trace the frame again with some float inputs as constants, guarded.
+
+    Inductor does the same with those that it cannot make tensors of.
+
+    Args:
+        inputs: placeholders of Dynamo's graph; those that hold no float are left alone.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: Dynamo's control flow, where there are any that are no constants yet.
+    """
+    numbers = [getattr(node.meta.get("example_value"), "item_memo", None) for node in inputs]
+    symbols = {str(number.node._expr) for number in numbers if isinstance(number, torch.SymFloat)}
+    if new := {symbol for symbol in symbols if not TensorifyState.should_specialize(symbol)}:
+        for symbol in new:
+            TensorifyState.specialize(symbol)
+        raise TensorifyScalarRestartAnalysis
 
 
 def user_error(message: str) -> Exception:

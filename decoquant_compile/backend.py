@@ -18,6 +18,7 @@ from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import GrowingState
 from decoquant_compile.normalize import Normal, normalise, records_gradients, unsupported
 from decoquant_compile.options import Options
+from decoquant_compile.patterns.attention import computed_scales
 from decoquant_compile.patterns.cache import CacheWrite
 from decoquant_compile.patterns.match import Held, RebuiltSite, Site, match
 from decoquant_compile.patterns.reject import Reject
@@ -109,6 +110,8 @@ def find(
         report.untouched, report.detail = Untouched.UNSUPPORTED, why
         return None
     normal = normalise(gm, example_inputs)
+    traced = gm.graph.find_nodes(op="placeholder")
+    _compat.make_constant(traced[normal.placeholders.index(node)] for node in computed_scales(normal.graph))
     results = match(normal, _held(normal, example_inputs))
     formats = _formats([r for r in results if not isinstance(r, Reject)], normal, example_inputs, options)
     plans: list[Plan] = []

@@ -317,6 +317,8 @@ class _Rewriter:
         write, dims = cache.write, cache.dims
         slots, first = self._room(write, dims)
         dense = None if write.born else self._dense(cache, state, format_, slots, first)
+        if not write.writes:
+            return
         needed = (dense, write.new, write.positions, write.start, write.kept)
         last = max(node for node in needed if isinstance(node, fx.Node))
         with self.graph.inserting_before(last.next):
@@ -334,7 +336,7 @@ class _Rewriter:
             return None
         readers = [user for user in buffer.users if user.target is not aten.sym_size.int]
         # Where they are known by then, the new tokens keep the compiler from rebuilding the caches of all layers first.
-        after = write.new if write.new < min(readers) else None
+        after = write.new if write.writes and write.new < min(readers) else None
         with self.graph.inserting_before(min(readers)):
             batch, heads, length = (self._size(buffer, dim) for dim in cache.dims[:3])
             if write.grows:

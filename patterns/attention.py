@@ -10,7 +10,7 @@ from decoquant_compile.patterns.core import AttentionCore, mask_problem
 from decoquant_compile.patterns.reject import Problem, Reason, Reject
 from decoquant_compile.patterns.symbols import argument, shape
 
-__all__ = ["SDPA", "AttentionCore", "anchors", "cores", "readers"]
+__all__ = ["SDPA", "AttentionCore", "anchors", "computed_scales", "cores", "readers"]
 
 aten = torch.ops.aten
 
@@ -35,6 +35,18 @@ def readers(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 def anchors(graph: fx.Graph) -> list[fx.Node]:
     """One node of every attention, in the graph's order: its operator, or the softmax of one that is spelled out."""
     return [n for n in graph.nodes if _is_fused(n) or (n.target in eager.SOFTMAX and eager.is_attention(n))]
+
+
+def computed_scales(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs of a graph that numbers are made of which scale logits."""
+    todo = [n for node in anchors(graph) if node.target in eager.SOFTMAX for n in eager.computed_numbers(node)]
+    found: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node.op == "placeholder":
+            found.add(node)
+        todo += node.all_input_nodes
+    return found
 
 
 def cores(graph: fx.Graph) -> list[AttentionCore | Reject]:

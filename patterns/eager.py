@@ -79,6 +79,14 @@ def products_after(softmax: fx.Node) -> set[fx.Node]:
     return _products(list(softmax.users), back=False)
 
 
+def computed_numbers(softmax: fx.Node) -> set[fx.Node]:
+    """The numbers, not known before the graph runs, on the way from the product to the softmax of an attention."""
+    passed: set[fx.Node] = set()
+    _products([argument(softmax, "self")], back=True, seen=passed)
+    inputs = {n for node in passed for n in node.all_input_nodes}
+    return {n for n in inputs if isinstance(n.meta.get("val"), torch.SymFloat)}
+
+
 def read(softmax: fx.Node) -> AttentionCore | Problem:
     """Read an attention around its softmax.
 
@@ -748,10 +756,10 @@ def _leads_back(node: object) -> set[fx.Node]:
     return _products([node], back=True) if isinstance(node, fx.Node) else set()
 
 
-def _products(nodes: list[fx.Node], *, back: bool) -> set[fx.Node]:
-    """The matrix products on the way back from, or forward to, some nodes."""
+def _products(nodes: list[fx.Node], *, back: bool, seen: set[fx.Node] | None = None) -> set[fx.Node]:
+    """The matrix products on the way back from, or forward to, some nodes; `seen` gets what lies on it."""
     found: set[fx.Node] = set()
-    seen: set[fx.Node] = set()
+    seen = set() if seen is None else seen
     todo = list(nodes)
     while todo:
         node = todo.pop()

@@ -232,7 +232,7 @@ class _Matcher:
         for cache, write in self.writes.items():
             # Where it is written in place, what is returned would have to be the handle, and the other way round.
             elsewhere = mutating if write.returned else self.outputs
-            if not write.writes or cache in held or cache in elsewhere:
+            if cache in held or cache in elsewhere:
                 continue
             start = write.seen if write.born else write.buffer
             reached = flow.attentions(start, write.slot_dim, self.readers, write.value)

@@ -233,7 +233,10 @@ def _attentions(ran: Sequence[tuple[GraphReport, int]], seen: set[int], tokens: 
             yield Attention("", "", graph.untouched.name, graph.detail)
     found = sum(max(len(graph.findings), packed_caches) for graph, packed_caches in ran)  # one may read two caches
     if found < held and not hidden:
-        yield Attention("", "", "UNSEEN", f"{found} attentions for {held} caches in a call of {tokens} tokens")
+        detail = f"{found} attentions for {held} caches in a call of {tokens} tokens"
+        # A softmax without its products: Dynamo has ended a graph inside the attention.
+        cut = len(ran) > 1 and any(g.untouched is Untouched.NO_SITE and not g.findings for g, _ in ran)
+        yield Attention("", "", "GRAPH_BREAK" if cut else "UNSEEN", detail)
 
 
 def _calls(subject: Subject, forward: Callable[..., Any], cell: Cell) -> Iterator[tuple[int, int]]:

@@ -9,10 +9,10 @@ from decoquant_compile.coverage import cells as coverage_cells
 from decoquant_compile.coverage.cells import ATTENTIONS, BOUNDS, CACHES, PREFILLS, measure
 from decoquant_compile.coverage.idioms import IDIOMS
 from decoquant_compile.patterns.reject import Reason
-from decoquant_compile.report import Untouched
+from decoquant_compile.report import GraphReport, Untouched
 
 # What a cell may say of an attention. "UNSEEN" and "ERROR" are none: they are faults of ours.
-OUTCOMES = {"rewritten", *Reason.__members__, Untouched.UNSUPPORTED.name}
+OUTCOMES = {"rewritten", *Reason.__members__, Untouched.UNSUPPORTED.name, "GRAPH_BREAK"}
 
 
 def cells(name, attention, **how):
@@ -40,6 +40,17 @@ def test_a_missed_attention_is_no_success(monkeypatch):
         (cell,) = cells("MetaLlama", "own", prefills=("one",))
         assert cell.complete != missed
         assert {a.outcome for a in cell.attentions} == ({"UNSEEN"} if missed else {"rewritten"})
+
+
+def test_an_attention_that_dynamo_cuts_is_named():
+    def outcomes(*reports):
+        found = coverage_cells._attentions([(report, 0) for report in reports], set(), 1, 2)
+        return [attention.outcome for attention in found]
+
+    softmax_alone = GraphReport("0/0", untouched=Untouched.NO_SITE)
+    nothing = GraphReport("1/0", untouched=Untouched.NO_ATTENTION)
+    assert outcomes(nothing, softmax_alone) == ["GRAPH_BREAK"]
+    assert outcomes(softmax_alone) == outcomes(nothing, nothing) == ["UNSEEN"]
 
 
 def test_an_architecture():

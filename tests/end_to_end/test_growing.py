@@ -54,6 +54,18 @@ def test_dynamic_caches(name, attention, eager_prefill):
         assert decoquant_compile.nbytes(tensors(cache)).dense == 0
 
 
+def test_a_scale_that_is_an_attribute_is_a_constant_of_dynamic_graphs():
+    """`torch.compile(dynamic=True)` makes inputs of floats; what scales logits is guarded instead."""
+    model = hugging_face("llama", "eager")
+    chunks = [20, *[1] * 4]
+    ids = IDS[:, : sum(chunks)]
+    expected = feed(model, ids, chunks, DynamicCache(config=model.config))
+    with packing(bits=16, **SMALL) as session:
+        got = feed(torch.compile(model.forward, dynamic=True), ids, chunks, DynamicCache(config=model.config))
+    assert {finding.form for finding in session.report().findings} == {"eager"}
+    assert distance(got, expected) < noise(16)
+
+
 def test_static_caches_are_born_packed():
     model, prompt = hugging_face("gemma3"), 20
     chunks = [prompt, *[1] * 4]

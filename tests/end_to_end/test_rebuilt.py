@@ -174,6 +174,33 @@ def test_a_growing_cache_whose_keys_are_rotated_after_every_read(bits):
             assert_packed(past)
 
 
+@pytest.mark.parametrize("grows", [False, True])
+@torch.no_grad()
+def test_a_cache_that_a_call_only_reads(grows):
+    """As in cross-attention, here with a rotary embedding after it."""
+
+    def first(q, k, v, keys, values):
+        if grows:
+            keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        else:
+            keys.index_copy_(2, torch.arange(20), k), values.index_copy_(2, torch.arange(20), v)
+        return F.scaled_dot_product_attention(q, keys, values), (keys, values) if grows else ()
+
+    def later(q, keys, values):
+        return F.scaled_dot_product_attention(q, rotated(keys, torch.arange(keys.shape[2])), values)
+
+    q, k, v = (torch.randn(1, HEADS, 20, CHANNELS) for _ in range(3))
+    caches = [torch.randn(1, HEADS, 24, CHANNELS) for _ in range(2)]
+    with packing(bits=3, **SMALL):
+        _, grown = torch.compile(first)(q, k, v, *caches)
+        caches = grown or caches
+        compiled = torch.compile(later)
+        for _ in range(4):
+            q = torch.randn(1, HEADS, 1, CHANNELS)
+            assert distance(compiled(q, *caches), later(q, *(x.dense() for x in caches))) < noise(3)
+            assert_packed(caches)
+
+
 def peak(call):
     """Bytes that a call holds at most."""
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -101,7 +101,7 @@ def growing_and_returned_twice(q, k, v, keys, values, positions, mask):
     return attend(q, keys, values), keys, values, values.transpose(1, 2)
 
 
-@miss(Reason.POSITIONS_DIFFER)
+@miss(Reason.POSITIONS_DIFFER, rebuilt=2)
 def growing_only_by_keys(q, k, v, keys, values, positions, mask):
     keys = torch.cat([keys, k], 2)
     write(values, values.clone(), positions, v, v)
@@ -114,7 +114,7 @@ def a_new_cache_beside_the_old_one(q, k, v, keys, values, positions, mask):
     return attend(q, *after, mask), *after, keys + 1
 
 
-@miss(Reason.READ_ONLY_CACHE)
+@miss(Reason.READ_ONLY_CACHE, rebuilt=2)
 def a_new_cache_and_attention_over_the_old_one(q, k, v, keys, values, positions, mask):
     after = keys.index_copy(2, positions, k), values.index_copy(2, positions, v)
     return attend(q, keys, values, mask), *after
