@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from decoquant_compile.bench import attention, decode, machine, memory, prefill, report
+from decoquant_compile.bench import attention, cuda, decode, machine, memory, prefill, report
 from decoquant_compile.bench.timing import Row
 
 _BITS: Final = ("16", "8", "5", "4", "3", "2")
@@ -64,26 +64,30 @@ def _shape(text: str) -> attention.Shape:
     return attention.Shape(text, batch, query_heads, heads, head_dim)
 
 
-def _out(
-    _context: click.Context, _parameter: click.Parameter, paths: tuple[pathlib.Path, ...]
-) -> tuple[pathlib.Path, ...]:
-    """Checks before anything is measured that the results can be written."""
-    for path in paths:
-        if path.suffix not in (".json", ".png"):
-            raise click.BadParameter(f"{str(path)!r}: expected a name that ends in .json or .png")
-        if not path.absolute().parent.is_dir():
-            raise click.BadParameter(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
-    return paths
+def _out(does: str, *suffixes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Files for the results; checks before anything is measured that they can be written."""
+
+    def check(
+        _context: click.Context, _parameter: click.Parameter, paths: tuple[pathlib.Path, ...]
+    ) -> tuple[pathlib.Path, ...]:
+        for path in paths:
+            if path.suffix not in suffixes:
+                raise click.BadParameter(f"{str(path)!r}: expected a name that ends in {' or '.join(suffixes)}")
+            if not path.absolute().parent.is_dir():
+                raise click.BadParameter(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
+        return paths
+
+    return click.option(
+        "--out",
+        type=click.Path(dir_okay=False, writable=True, path_type=pathlib.Path),
+        callback=check,
+        multiple=True,
+        metavar="FILE",
+        help=f"{does}; may be given again.",
+    )
 
 
-_OUT: Final = click.option(
-    "--out",
-    type=click.Path(dir_okay=False, writable=True, path_type=pathlib.Path),
-    callback=_out,
-    multiple=True,
-    metavar="FILE",
-    help="Write the results as .json or draw them as .png; may be given again.",
-)
+_OUT: Final = _out("Write the results as .json or draw them as .png", ".json", ".png")
 _THREADS: Final = click.option("--threads", type=_several(_positive), default="1", show_default=True, metavar="N,...")
 _MODELS: Final = click.option(
     "--shape",
@@ -199,17 +203,23 @@ def main() -> None:
     """Hold the commands."""
 
 
-@main.command("attention", help=attention.__doc__)
+@main.command("attention", help=f"{attention.__doc__}\n\nOn a GPU: {cuda.__doc__}")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+    help="What to measure on; threads, pages and ring concern the CPU alone.",
+)  # fmt: skip
 @click.option(
     "--shape",
     "shapes",
     type=_several(_shape),
-    default="llama8b",
-    show_default=True,
     metavar="SHAPE,...",
-    help=f"Of {', '.join(attention.SHAPES)}, or BATCHxQUERY_HEADSxHEADSxHEAD_DIM.",
+    help=f"Of {', '.join(attention.SHAPES)}, or BATCHxQUERY_HEADSxHEADSxHEAD_DIM.  [default: llama8b; on a GPU with "
+    "batches of 1, 8 and 32]",
 )
-@_contexts("512,4k,32k")
+@click.option(
+    "--context", "contexts", type=_several(_context), metavar="N,...",
+    help="Tokens in the cache.  [default: 512,4k,32k; on a GPU 4k,32k,128k]",
+)  # fmt: skip
 @_bits(",".join(_BITS))
 @_THREADS
 @_arms(attention.FAMILIES)
@@ -224,8 +234,9 @@ def main() -> None:
     help="MiB of caches that arms go through before they come back to the first.",
 )  # fmt: skip
 def attention_command(
-    shapes: tuple[attention.Shape, ...],
-    contexts: tuple[int, ...],
+    device: str,
+    shapes: tuple[attention.Shape, ...] | None,
+    contexts: tuple[int, ...] | None,
     bits: tuple[str, ...],
     threads: tuple[int, ...],
     arms: tuple[str, ...],
@@ -235,12 +246,54 @@ def attention_command(
     out: tuple[pathlib.Path, ...],
 ) -> None:
     """One attention."""
+    measure = attention.measure
+    if device == "cuda":
+        try:
+            cuda.require()
+        except cuda.NoDeviceError as error:
+            raise click.UsageError(str(error)) from error
+        measure = cuda.measure
+    if shapes is None:
+        shapes = tuple(map(_shape, ("1x32x8x128", "8x32x8x128", "32x32x8x128") if device == "cuda" else ("llama8b",)))
+    if contexts is None:
+        contexts = tuple(map(_context, ("4k", "32k", "128k") if device == "cuda" else ("512", "4k", "32k")))
     settings = attention.Settings(tuple(map(int, bits)), arms, threads, rounds, ring * 2**20, pages)
-    run = _Run(
-        "attention", asdict(settings) | {"shapes": [asdict(shape) for shape in shapes], "contexts": contexts}, out
-    )
+    described = {"device": device, "shapes": [asdict(shape) for shape in shapes], "contexts": contexts}
+    run = _Run("attention", asdict(settings) | described, out)
     points = itertools.product(shapes, contexts)
-    run([partial(attention.measure, shape, context, settings) for shape, context in points])
+    run([partial(measure, shape, context, settings) for shape, context in points])
+
+
+@main.command("roofline")
+@click.option(
+    "--shape",
+    type=_shape,
+    default="llama8b",
+    show_default=True,
+    help=f"Of {', '.join(attention.SHAPES)}, or BATCHxQUERY_HEADSxHEADSxHEAD_DIM.",
+)
+@_bits(",".join(_BITS[1:]))
+@_out("Write the results as .json or as a page .md", ".json", ".md")
+def roofline_command(shape: attention.Shape, bits: tuple[str, ...], out: tuple[pathlib.Path, ...]) -> None:
+    """Predict what share of a GPU's bandwidth the decode kernel can use, from its machine code; no GPU is needed.
+
+    Where one of the GPUs is there, what it reaches is measured beside it, with the batch of the shape, over 32k tokens.
+    """
+    try:
+        from decoquant_compile.bench import roofline  # noqa: PLC0415  # Triton is optional
+    except ModuleNotFoundError as missing:
+        if missing.name != "triton":
+            raise
+        raise click.UsageError("the roofline needs triton: pip install 'decoquant-compile[triton]'") from missing
+    if "16" in bits:
+        raise click.BadParameter("'16': a cache of 16 bits has no codes", param_hint="--bits")
+    console = Console()
+    with console.status("") as status:
+        points = roofline.run(shape, tuple(map(int, bits)), status.update)
+    console.print(roofline.table(points))
+    for path in out:
+        roofline.write(path, points, shape)
+        console.print(f"written: {path}")
 
 
 @main.command("decode", help=decode.__doc__)

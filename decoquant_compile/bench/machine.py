@@ -13,7 +13,7 @@ _FLAGS: Final = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "a
 
 
 def describe() -> dict[str, str | int]:
-    """CPU, instruction set, kernels in use, cores, memory, pages and versions, by name."""
+    """CPU, instruction set, kernels in use, cores, memory, pages, GPU and versions, by name."""
     kernels = cpu.kernels()
     return {
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
@@ -23,6 +23,7 @@ def describe() -> dict[str, str | int]:
         "cores": psutil.cpu_count(logical=True) or 1,
         "memory_bytes": psutil.virtual_memory().total,
         "huge_pages": _huge_pages(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -30,11 +31,12 @@ def describe() -> dict[str, str | int]:
 
 
 def summary(machine: dict[str, str | int]) -> str:
-    """`machine` on two lines."""
+    """`machine` on two lines, and its GPU."""
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {int(machine['memory_bytes']) / 2**30:.0f} GiB, "
         f"2 MB pages: {machine['huge_pages']}, torch {machine['torch']} ({machine['torch_instructions']})\n"
         f"instruction set: {machine['instructions'] or 'not known'}; our kernels: {machine['kernels']}"
+        + ("" if machine["gpu"] == "none" else f"\nGPU: {machine['gpu']}")
     )
 
 

@@ -23,9 +23,13 @@ _LINES: Final = {"attend": "-", "step": "-.", "read": ":", "decoquant": "-", "st
 def tables(benchmark: Benchmark, rows: Sequence[Row]) -> list[Table]:
     """One table for each shape, context length and number of threads."""
     return [
-        _table(benchmark, f"{shape}, {context:,} tokens, {threads} thread{'s' if threads > 1 else ''}", list(group))
+        _table(benchmark, f"{shape}, {context:,} tokens, {_place(threads)}", list(group))
         for (shape, context, threads), group in groupby(rows, lambda row: (row.shape, row.context, row.threads))
     ]
+
+
+def _place(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}" if threads else "GPU"
 
 
 def _table(benchmark: Benchmark, title: str, rows: list[Row]) -> Table:
@@ -41,6 +45,8 @@ def _table(benchmark: Benchmark, title: str, rows: list[Row]) -> Table:
         cells["p10 ms"] = lambda row: _milliseconds(row.p10)
         cells["GB/s"] = lambda row: _number(row.speed and row.speed / 1e9, ".1f")
         cells["of pure read"] = lambda row: _number(row.read_share, ".0%")
+        if any(row.peak is not None for row in rows):
+            cells["peak MiB"] = lambda row: _number(row.peak and row.peak / 2**20, ".0f")
     else:
         cells["tokens/s"] = lambda row: _number(_tokens_per_second(benchmark, row), ".2f")
     for base in bases:
@@ -129,7 +135,7 @@ def _plot(path: pathlib.Path, benchmark: Benchmark, rows: Sequence[Row]) -> None
     size = (6 * len(panels) + 2, 4 * len(curves))
     figure, axes = plt.subplots(len(curves), len(panels), figsize=size, squeeze=False, layout="constrained")
     for column, (shape, threads) in zip(axes.T, panels, strict=True):
-        column[0].set_title(f"{shape}, {threads} thread{'s' if threads > 1 else ''}")
+        column[0].set_title(f"{shape}, {_place(threads)}")
         column[-1].set_xlabel("tokens in the prompt" if benchmark == "prefill" else "tokens in the cache")
         for axis, (label, curve) in zip(column, curves.items(), strict=True):
             for arm in arms:

@@ -18,14 +18,14 @@ class Row:
     Attributes:
         shape: name of the attention's shape or of the model.
         context: tokens in the cache.
-        threads: torch's threads.
+        threads: torch's threads; 0 where a GPU was measured.
         arm: what was measured.
         seconds: of each call; empty if the arm did not run, and `note` says why.
         nbytes: `attention`: bytes read by one call; `decode`, `prefill`: bytes that the cache holds.
         error: relative error against dense attention over the dequantised cache; None if not checked.
         note: more about the arm.
         resident: resident set in bytes of a process that runs this arm alone; None if not measured.
-        peak: the highest it was.
+        peak: the highest it was; of `attention` on a GPU: most bytes allocated there, the caches included.
         ratios: how many times faster than the arms of that name.
         read_share: bytes per second as a share of those of the pure read; None if not measured.
         prefill_share: seconds of the writes of a prefill as a share of plain Inductor's; None for other arms.
@@ -61,12 +61,20 @@ class Row:
         return self.nbytes / self.median if self.median else None
 
 
+def wall(call: Callable[[], object]) -> float:
+    """Seconds of a call."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
 def interleave(
     arms: Mapping[str, Callable[[], object]],
     *,
     rounds: int,
     warm_up: int,
     after: Callable[[], object] = lambda: None,
+    clock: Callable[[Callable[[], object]], float] = wall,
 ) -> dict[str, list[float]]:
     """Times each arm once per round, in a new order each round, so that no arm always follows the same one.
 
@@ -75,6 +83,7 @@ def interleave(
         rounds: timed calls of each.
         warm_up: calls of each before that, not timed.
         after: called after each round.
+        clock: makes a call and tells its seconds.
 
     Returns:
         Seconds of each timed call.
@@ -89,10 +98,9 @@ def interleave(
         for number in range(warm_up + rounds):
             shuffle(order)
             for name in order:
-                begin = time.perf_counter()
-                arms[name]()
+                taken = clock(arms[name])
                 if number >= warm_up:
-                    seconds[name].append(time.perf_counter() - begin)
+                    seconds[name].append(taken)
             after()
     finally:
         if collecting:

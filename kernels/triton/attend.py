@@ -341,13 +341,14 @@ def split(
     KD: tl.constexpr, KP: tl.constexpr, K_CHANNELS: tl.constexpr, PLACES: tl.constexpr, K_BITS: tl.constexpr,
     VD: tl.constexpr, VP: tl.constexpr, V_CHANNELS: tl.constexpr, V_BITS: tl.constexpr, V_STEPS: tl.constexpr,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, MASK_KIND: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attends to the packed tokens in a share of the tiles. Grid: (shares, batch * heads, row groups).
 
     PART: float32 ``[batch * heads, row groups, parts, ROWS, VP]``, sums of values with weights relative to PEAKS
     ``[..., parts, ROWS]``; SUMS: of the weights; SETS int32 ``[..., parts]``: the parameter set in whose basis PART is,
     -1 for the cache's own. Part `share` is the last set of a share, part ``shares + share`` the sum of its others.
+    STAGES: of the loop over tiles; with 2 the codes of the next tile are on their way while one is worked on.
     """
     K_WIDTH: tl.constexpr = 2 if K_BITS == 3 else 4 if K_BITS == 5 else K_BITS
     V_WIDTH: tl.constexpr = 2 if V_BITS == 3 else 4 if V_BITS == 5 else V_BITS
@@ -501,7 +502,7 @@ def split(
                 limbs_of_q = tl.trans(tl.reshape(unpack(tl.load(q_words)), [N, PLACES]))
                 factor = tl.load(FACTORS + folded * 2 + r)
                 constant = tl.load(FACTORS + folded * 2 + ROWS + r)
-            for index in tl.range(tl.min(first_tile, 0), tl.max(last_tile, 0) + 1):
+            for index in tl.range(tl.min(first_tile, 0), tl.max(last_tile, 0) + 1, num_stages=STAGES):
                 tile = (tile0 + index) % tiles
                 ring = tile * _TILE + tokens
                 slot = ring - turn

@@ -8,7 +8,7 @@ import collections
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -34,11 +34,13 @@ class Build:
 
     Args:
         target: a name in `TARGETS`.
+        only: names of the kernels to compile, if not all; launches of others do nothing.
         options: compiler options that override those of the launch, such as ``maxnreg``.
     """
 
-    def __init__(self, target: str, **options: object) -> None:
+    def __init__(self, target: str, only: Sequence[str] | None = None, **options: object) -> None:
         self.target = TARGETS[target]
+        self.only = only
         self.options = options
         self.kernels: list[CompiledKernel] = []
         """What was compiled so far, in the order of the launches."""
@@ -52,8 +54,10 @@ class _Launch(KernelInterface):
     def __init__(self, build: Build, kernel: JITFunction) -> None:
         self.build, self.kernel = build, kernel
 
-    def run(self, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> CompiledKernel:  # noqa: ARG002
+    def run(self, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> CompiledKernel | None:  # noqa: ARG002
         build, kernel = self.build, self.kernel
+        if build.only is not None and kernel.fn.__name__ not in build.only:
+            return None
         backend = make_backend(build.target)
         kwargs |= {**build.options, "debug": False, "instrumentation_mode": ""}
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -62,6 +66,25 @@ class _Launch(KernelInterface):
         compiled = triton.compile(source, target=build.target, options=options.__dict__)
         build.kernels.append(compiled)
         return compiled
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop in machine code.
+
+    Attributes:
+        start: address or place of its first instruction.
+        stop: of its last one.
+        instructions: as of `Statistics`.
+    """
+
+    start: int
+    stop: int
+    instructions: Mapping[str, int]
+
+    def contains(self, other: "Loop") -> bool:
+        """Whether the other loop is a part of this one."""
+        return self is not other and self.start <= other.start and other.stop <= self.stop
 
 
 @dataclass(frozen=True)
@@ -75,7 +98,7 @@ class Statistics:
         warps: of a program.
         instructions: of the machine code by name, without modifiers, such as ``HMMA``; for NVIDIA also with those of
             asynchronous copies: ``LDGSTS.128``.
-        loops: the same of each loop without a loop inside, the longest first; none for AMD.
+        loops: what branches back, the longest first.
     """
 
     registers: int
@@ -83,11 +106,18 @@ class Statistics:
     shared: int
     warps: int
     instructions: Mapping[str, int] = field(repr=False)
-    loops: tuple[Mapping[str, int], ...] = field(repr=False)
+    loops: tuple[Loop, ...] = field(repr=False)
 
-    def loop(self, *containing: str) -> Mapping[str, int]:
-        """Instructions of the longest loop that has all of the named ones; none if there is no such loop."""
-        return next((loop for loop in self.loops if all(name in loop for name in containing)), {})
+    def loop(self, instruction: str) -> Mapping[str, int]:
+        """Instructions of the longest innermost loop with one whose name begins so; none if there is no such loop."""
+        having = [loop for loop in self.loops if any(name.startswith(instruction) for name in loop.instructions)]
+        inner = (loop for loop in having if not any(map(loop.contains, having)))
+        return next((loop.instructions for loop in inner), {})
+
+
+def size(instructions: Mapping[str, int]) -> int:
+    """How many instructions these are, those that have a second name counted once."""
+    return sum(count for name, count in instructions.items() if "." not in name)
 
 
 def statistics(compiled: CompiledKernel) -> Statistics:
@@ -115,6 +145,12 @@ def _count(code: list[str]) -> dict[str, int]:
     return dict(counts.most_common())
 
 
+def _loops(code: list[tuple[int, str]], spans: list[tuple[int, int]]) -> tuple[Loop, ...]:
+    """The loops of those spans of addresses."""
+    spans.sort(key=lambda span: span[0] - span[1])
+    return tuple(Loop(a, b, _count([text for address, text in code if a <= address <= b])) for a, b in spans)
+
+
 def _nvidia(compiled: CompiledKernel) -> Statistics:
     arch = compiled.metadata.target.arch
     assembler = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
@@ -129,31 +165,40 @@ def _nvidia(compiled: CompiledKernel) -> Statistics:
         _, log = _run(assembler.path, "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", ptx, "-o", "/dev/null")
         listing, _ = _run(knobs.nvidia.cuobjdump.path, "-sass", cubin)
     code = [(int(match[1], 16), match[2].strip()) for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)]
-    loops = []
+    spans = []
     for address, instruction in code:
         branch = re.search(r"BRA\S*\s+.*?(0x[0-9a-f]+)", instruction)
         if branch and (start := int(branch[1], 16)) < address:
-            loops.append((start, address))
-    inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] for b in loops if b != a)]
-    inner.sort(key=lambda span: span[0] - span[1])
+            spans.append((start, address))
     return Statistics(
         registers=_number(r"Used (\d+) registers", log),
         spills=_number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
         instructions=_count([instruction for _, instruction in code]),
-        loops=tuple(_count([text for address, text in code if start <= address <= stop]) for start, stop in inner),
+        loops=_loops(code, spans),
     )
 
 
 def _amd(compiled: CompiledKernel) -> Statistics:
     text = compiled.asm["amdgcn"]
-    code = re.findall(r"^\s+((?:v|s|ds|buffer|global|flat|scratch)_\w+)", text, re.MULTILINE)
+    code: list[tuple[int, str]] = []
+    labels: dict[str, int] = {}
+    spans = []
+    for label, instruction, branch in re.findall(
+        r"^(\.LBB\w+):|^\s+((?:v|s|ds|buffer|global|flat|scratch)_\w+)(?:\s+(\.LBB\w+))?", text, re.MULTILINE
+    ):
+        if label:
+            labels[label] = len(code)
+            continue
+        if branch in labels:
+            spans.append((labels[branch], len(code)))
+        code.append((len(code), instruction))
     return Statistics(
         registers=_number(r"\.vgpr_count:\s+(\d+)", text),
         spills=_number(r"\.vgpr_spill_count:\s+(\d+)", text),
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
-        instructions=_count(code),
-        loops=(),
+        instructions=_count([instruction for _, instruction in code]),
+        loops=_loops(code, spans),
     )

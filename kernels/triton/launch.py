@@ -149,6 +149,9 @@ def attend(
     warps = 1 if ptx and k.coded and v.coded and rows <= 8 and max(k.padded, v.padded) <= 128 else 4
     # Left to itself ptxas may spill for the sake of one more program on a multiprocessor.
     limit = {"maxnreg": 224} if ptx else {}
+    # Codes are copied one tile ahead, where that spills nothing: with more rows there are no registers to spare, and
+    # AMD's copies pass through registers. Deeper buys nothing, as several programs share a multiprocessor.
+    stages = 2 if ptx and k.coded and v.coded and rows == 4 else 1
     capped = 0.0 if softcap is None else softcap
 
     tags = _scratch(query, batch, length, dtype=torch.int16)
@@ -183,8 +186,8 @@ def attend(
         k.sets, v.sets, folded_scale, capped, parts,
         KD=k.dim, KP=k.padded, K_CHANNELS=k.channels, PLACES=k.places, K_BITS=k.bits,
         VD=v.dim, VP=v.padded, V_CHANNELS=v.channels, V_BITS=v.bits, V_STEPS=v.steps,
-        DTYPE=_DTYPES[key_form.dtype], ROWS=rows, MASK_KIND=0 if merged else kind, PTX=ptx, PRECISION=precision, **mode,
-        num_warps=warps, num_stages=1, **limit,
+        DTYPE=_DTYPES[key_form.dtype], ROWS=rows, MASK_KIND=0 if merged else kind, PTX=ptx, PRECISION=precision,
+        STAGES=stages, **mode, num_warps=warps, num_stages=1, **limit,
     )  # fmt: skip
     alike = query.dtype == key.dtype == value.dtype
     wrap(kernels.exact)[(new_shares, batch * heads, row_groups)](

@@ -1,5 +1,6 @@
 """Random caches and attentions that the interpreter can do in a second or two."""
 
+import math
 from random import Random
 
 import torch
@@ -17,9 +18,17 @@ SLOTS = (65, 128, 1, 63, 64, 200, 300)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def attend(case: Attention, *, sink=None, ptx=False):
+def attend(case: Attention, *, ptx=False):
     forms = case.keys.format, case.values.format
-    return launch.attend(*case.operands, *forms, sink=sink, wrap=interpreted, ptx=ptx)
+    return launch.attend(*case.operands, *forms, sink=case.sink, wrap=interpreted, ptx=ptx)
+
+
+def sink_of(source: Source, heads: int) -> torch.Tensor | None:
+    """A logit for each query head, as large as those of the keys or far from them; none for some heads; or None."""
+    if source.chance(50):
+        return None
+    sink = source.normal(heads) * source.choice((1, 3, 30))
+    return sink.masked_fill(source.uniform(heads) < source.choice((0, 0, 0.3)), -math.inf)
 
 
 def dequantise(state: CacheState):
@@ -70,4 +79,5 @@ def attention(random: Random) -> Attention:
         softcap=source.choice((None, None, None, 20.0)),
         first=source.choice((0, 0, 0, -3, 5)),
         length=length,
+        sink=sink_of(source, heads * groups),
     )

@@ -30,10 +30,26 @@ def small(count, **kwargs):
     return example(count, **{"batch": 1, "heads": 1, "groups": 4, **kwargs})
 
 
+sweep = settings(
+    deadline=None, max_examples=5, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+
+
 @given(random=st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@sweep
 def test_equals_the_oracle(random):
     assert_equals_the_oracle(attention(random))
+
+
+@given(
+    sink=st.lists(st.floats(-100, 100, width=32) | st.just(-math.inf), min_size=4, max_size=4).map(torch.tensor),
+    softcap=st.sampled_from((None, 20.0)),
+    queries=st.integers(1, 5),  # of which those of one head share its sink
+)
+@sweep
+def test_any_sink_equals_the_oracle(sink, softcap, queries):
+    case = small(70, queries=queries, new=queries, slots=80, dtype=torch.float32)
+    assert_equals_the_oracle(dataclasses.replace(case, sink=sink, softcap=softcap))
 
 
 @pytest.mark.slow
@@ -108,7 +124,16 @@ def test_a_sink_joins_the_softmax(softcap, additive):
     total = logits[0].masked_fill(~mask[0, 0], -math.inf).logsumexp(-1)
     share = (total - torch.logaddexp(total, sink)).exp()
     expected = case.expected() * share[None, :, None, None]
-    assert relative(attend(case, sink=sink), expected) <= 1e-3
+    case.sink = sink
+    assert relative(attend(case), expected) <= 1e-3
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_sink_where_nothing_else_is_admitted(additive):
+    case = small(100, dtype=torch.float32)
+    case.mask = torch.full((1, 1, 1, 200), -math.inf) if additive else torch.zeros(1, 1, 1, 200, dtype=torch.bool)
+    case.sink = torch.tensor([0.5, -math.inf, 4.0, 0.0])
+    assert not attend(case).any()
 
 
 def test_a_query_that_is_not_finite_spoils_its_own_row_only():

@@ -7,7 +7,7 @@ import torch
 
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.triton import launch
-from decoquant_compile.kernels.triton.build import TARGETS, Build, statistics
+from decoquant_compile.kernels.triton.build import TARGETS, Build, size, statistics
 from tests.kernels.triton.cases import BITS
 
 TILE = 64
@@ -31,7 +31,7 @@ def built(target, bits, head_dim=128, groups=4, queries=1):
 
 
 def loop_length(found):
-    return sum(found["split"].loop("IMMA").values())
+    return size(found["split"].loop("IMMA"))
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -18,7 +18,8 @@ pytestmark = [
 
 def on_device(case):
     operands = [x.cuda() if isinstance(x, torch.Tensor) else x for x in case.operands]
-    return [*operands, case.keys.format.key(), case.values.format.key()]
+    sink = None if case.sink is None else case.sink.cuda()
+    return [*operands, case.keys.format.key(), case.values.format.key(), sink]
 
 
 @pytest.mark.parametrize("seed", range(60))
