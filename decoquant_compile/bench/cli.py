@@ -290,7 +290,8 @@ def roofline_command(shape: attention.Shape, bits: tuple[str, ...], out: tuple[p
     console = Console()
     with console.status("") as status:
         points = roofline.run(shape, tuple(map(int, bits)), status.update)
-    console.print(roofline.table(points))
+    for table in roofline.tables(points):
+        console.print(table)
     for path in out:
         roofline.write(path, points, shape)
         console.print(f"written: {path}")

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import torch
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -242,38 +243,66 @@ def run(shape: Shape, bits: Sequence[int], tell: Callable[[str], object]) -> lis
 # --------------------------------------------------------------------------------------------------------------- output
 
 
-_COLUMNS: Final[dict[str, Callable[[Point], str]]] = {
-    "GPU": lambda p: p.gpu,
+_Columns = dict[str, Callable[[Point], str]]
+
+_KERNEL: Final[_Columns] = {
+    "target": lambda p: GPUS[p.gpu].target,
     "bits": lambda p: str(p.bits),
-    "bytes/token": lambda p: f"{p.nbytes:.1f}",
+    "bytes": lambda p: f"{p.nbytes:.1f}",
     "of bf16": lambda p: f"{p.nbytes / p.dense:.3f}",
-    "instructions/token": lambda p: f"{p.instructions:.1f}",
+    "instr": lambda p: f"{p.instructions:.1f}",
     "integer": lambda p: f"{p.integer:.1f}",
-    "registers": lambda p: str(p.registers),
+    "regs": lambda p: str(p.registers),
     "spills": lambda p: str(p.spills),
     "shared": lambda p: str(p.shared),
+    "copies": lambda p: str(p.asynchronous),
+}
+"""What is the same for all GPUs of one target; copies are asynchronous ones of 16 bytes in a turn of the loop."""
+
+_PREDICTION: Final[_Columns] = {
+    "GPU": lambda p: p.gpu,
+    "bits": lambda p: str(p.bits),
     "programs": lambda p: str(p.programs),
-    "async copies": lambda p: str(p.asynchronous),
-    "bandwidth, predicted": lambda p: f"{p.share:.0%}",
+    "predicted": lambda p: f"{p.share:.0%}",
     "bound by": lambda p: p.bound,
-    "x bf16 at most": lambda p: f"{p.speedup:.1f}",
-    "bandwidth, measured": lambda p: "not measured" if p.measured is None else f"{p.measured:.0%}",
+    "x bf16": lambda p: f"{p.speedup:.1f}",
+    "measured": lambda p: "not measured" if p.measured is None else f"{p.measured:.0%}",
+}
+
+_TITLES: Final = {
+    "The kernel, per token: keys and values of one KV head": _KERNEL,
+    "Share of each GPU's bandwidth: predicted, at most, and measured": _PREDICTION,
 }
 
 
-def table(points: Sequence[Point]) -> Table:
+def _rows(columns: _Columns, points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """Rows of cells, equal ones once."""
+    return list(dict.fromkeys(tuple(cell(point) for cell in columns.values()) for point in points))
+
+
+def tables(points: Sequence[Point]) -> list[Table]:
     """All points, as rich prints them."""
-    shown = Table(title="decode kernel, per token: keys and values of one KV head", title_justify="left")
-    for name in _COLUMNS:
-        shown.add_column(name, justify="left" if name in ("GPU", "bound by") else "right", overflow="fold")
-    for point in points:
-        shown.add_row(*(Text(cell(point)) for cell in _COLUMNS.values()))
+    shown = []
+    for title, columns in _TITLES.items():
+        table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+        for name in columns:
+            words = name in ("target", "GPU", "bound by", "measured")
+            table.add_column(name, justify="left" if words else "right", no_wrap=words)
+        for row in _rows(columns, points):
+            table.add_row(*map(Text, row))
+        shown.append(table)
     return shown
 
 
 def markdown(points: Sequence[Point], shape: Shape) -> str:
     """All points, as a page in Markdown."""
-    rows = [list(_COLUMNS), ["---"] * len(_COLUMNS), *([cell(point) for cell in _COLUMNS.values()] for point in points)]
+    parts = [
+        f"# Roofline of the decode kernel\n\n{shape.groups} query heads for each KV head, {shape.head_dim} channels.",
+        (__doc__ or "").strip(),
+    ]
+    for title, columns in _TITLES.items():
+        lines = [tuple(columns), ("---",) * len(columns), *_rows(columns, points)]
+        parts += [f"## {title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
     gpus = [GPUS[name] for name in dict.fromkeys(point.gpu for point in points)]
     figures = [
         f"- {gpu.name} ({gpu.target}): {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.multiprocessors} multiprocessors, "
@@ -281,12 +310,7 @@ def markdown(points: Sequence[Point], shape: Shape) -> str:
         f"({gpu.source})"
         for gpu in gpus
     ]
-    parts = [
-        f"# Roofline of the decode kernel\n\n{shape.groups} query heads for each KV head, {shape.head_dim} channels.",
-        (__doc__ or "").strip(),
-        "\n".join("| " + " | ".join(row) + " |" for row in rows),
-        "Figures of the GPUs:\n\n" + "\n".join(figures),
-    ]
+    parts += ["## Figures of the GPUs", "\n".join(figures)]
     return "\n\n".join(parts) + "\n"
 
 

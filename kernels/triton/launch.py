@@ -148,7 +148,7 @@ def attend(
     # One warp has no other to wait for, while its sums fit its registers.
     warps = 1 if ptx and k.coded and v.coded and rows <= 8 and max(k.padded, v.padded) <= 128 else 4
     # Left to itself ptxas may spill for the sake of one more program on a multiprocessor.
-    limit = {"maxnreg": 224} if ptx else {}
+    limit = {"maxnreg": 255 if warps == 1 else 224} if ptx else {}
     # Codes are copied one tile ahead, where that spills nothing: with more rows there are no registers to spare, and
     # AMD's copies pass through registers. Deeper buys nothing, as several programs share a multiprocessor.
     stages = 2 if ptx and k.coded and v.coded and rows == 4 else 1

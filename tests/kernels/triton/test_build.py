@@ -1,11 +1,13 @@
 """Builds for GPUs that are not there tell what the machine code costs."""
 
+import re
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from decoquant_compile.kernels.triton.build import TARGETS, Build, statistics
+from decoquant_compile.kernels.triton.build import TARGETS, Build, Loop, Statistics, size, statistics
 
 
 @triton.jit
@@ -33,13 +35,35 @@ def test_statistics(target):
     assert found.spills == 0
     assert found.registers > 64
     if target == "gfx942":
-        assert any("mfma" in name for name in found.instructions)
+        loop = found.loop("v_mfma")
+        assert 0 < size(loop) < size(found.instructions)
+        # 64 x 64 x 64 products in instructions of m x n x k
+        name, count = next((name, count) for name, count in loop.items() if name.startswith("v_mfma"))
+        m, n, k = map(int, re.search(r"_(\d+)x(\d+)x(\d+)_", name).groups())
+        assert count * m * n * k == 64**3
         return
     loop = found.loop("HMMA")
     assert loop["HMMA"] == 4 * 8 * 4
     assert loop["LDGSTS.128"] > 0
-    assert sum(loop.values()) > loop["HMMA"]
+    assert size(loop) == sum(loop.values()) - loop["LDGSTS.128"] > loop["HMMA"]
     assert not found.loop("IMMA")
+
+
+def test_only_kernels_that_are_asked_for():
+    build = Build("sm_90", only=("other",))
+    assert build(_product)[(1,)](*[torch.empty(4, 64, 64)] * 3, 4, N=64) is None
+    assert build.kernels == []
+
+
+def test_the_innermost_loop_with_an_instruction_counts():
+    loops = (
+        Loop(0, 90, {"A": 5, "B": 3}),
+        Loop(10, 60, {"A": 4, "B": 1}),
+        Loop(20, 30, {"C": 2}),
+        Loop(70, 80, {"A": 1}),
+    )
+    found = Statistics(1, 0, 0, 1, {}, loops)
+    assert [found.loop(name) for name in "ABCD"] == [loops[1].instructions, loops[1].instructions, {"C": 2}, {}]
 
 
 def test_spills_are_seen():
