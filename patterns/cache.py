@@ -127,7 +127,9 @@ def parse_returned(value: fx.Node) -> CacheWrite | Problem | None:
     rule = _COPYING.get(seen.target)
     if rule is None:
         return None
-    base = plain(seen.args[_BASE.get(seen.target, 0)])
+    old = seen.args[_BASE.get(seen.target, 0)]
+    assert isinstance(old, fx.Node)
+    base = plain(old)
     if base.op != "placeholder":
         if getattr(base.target, "overloadpacket", None) not in _BIRTHS:
             return None
@@ -487,5 +489,5 @@ _BLENDS = {aten.where.self: _where, aten.add.Tensor: _blend}
 _COPYING = {target: rule for target, rule in FORMS.items() if rule not in (_cat, _tail)} | {aten.where.self: _where}
 """Those that make a whole cache: of a tensor of zeros, or of one that stays as it is."""
 
-_BASE = {aten.where.self: 2}
+_BASE: dict[object, int] = {aten.where.self: 2}
 """Which argument the old tokens are, if it is not the first."""
