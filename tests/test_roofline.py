@@ -97,7 +97,8 @@ def test_every_gpu_has_a_target():
 def test_of_a_kernel_as_built(target):
     kernel = roofline.build(target, 2, Shape("tiny", 1, 2, 1, 32))
     turn = roofline.loop(kernel)
-    if target == "sm_90":  # 64 x 32 x 8 products of keys and as many of values, 16 x 8 x 32 in an instruction, in two limbs
+    if target == "sm_90":
+        # 64 x 32 x 8 products of keys and as many of values, 16 x 8 x 32 in an instruction; some in two limbs.
         least = 2 * (64 * 32 * 8) // (16 * 8 * 32)
         assert least <= turn["IMMA"] <= 2 * least
     for gpu in roofline.GPUS.values():
