@@ -108,32 +108,12 @@ def _dequantise_fake(
     return state.new_empty((batch, heads, slots, form.head_dim), dtype=form.dtype)
 
 
-def _stretch(
-    state: Tensor,
-    batch: int,
-    heads: int,
-    slots: int,
-    first: int,
-    length: int,
-    format: str,  # noqa: A002
-    after: Tensor | None = None,
-) -> Tensor:
-    del after
-    return dequantise(state, batch, heads, slots, format).narrow(2, first, length).contiguous()
+def _stretch(state: Tensor, batch: int, heads: int, slots: int, first: int, length: int, *rest: Any) -> Tensor:
+    return dequantise(state, batch, heads, slots, *rest).narrow(2, first, length).contiguous()
 
 
-def _stretch_fake(
-    state: Tensor,
-    batch: int,
-    heads: int,
-    slots: int,
-    first: int,
-    length: int,
-    format: str,  # noqa: A002
-    after: Tensor | None = None,
-) -> Tensor:
-    del slots, first
-    return _dequantise_fake(state, batch, heads, length, format, after)
+def _stretch_fake(state: Tensor, batch: int, heads: int, _slots: int, _first: int, length: int, *rest: Any) -> Tensor:
+    return _dequantise_fake(state, batch, heads, length, *rest)
 
 
 def _native_or(portable: Callable[..., Any], method: str) -> Callable[..., Any]:
@@ -208,27 +188,32 @@ def _register_cuda(name: str, portable: Callable[..., Any], serve: Callable[...,
     inline_when_traced(f"decoquant::{name}", inline, _LIBRARY)
 
 
+def _define(schema: str, portable: Callable[..., Any], fake: Callable[..., Any]) -> str:
+    """An operator that runs everywhere; its name."""
+    name = schema.partition("(")[0]
+    # Any strides will do: else Inductor makes a copy of each argument that it has not laid out yet, at each use.
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    _LIBRARY.impl(name, portable, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"decoquant::{name}", fake, lib=_LIBRARY)
+    return name
+
+
 def _register(
     schema: str,
     portable: Callable[..., Any],
     fake: Callable[..., Any],
     serve: Callable[..., Callable[..., Any] | None],
 ) -> None:
-    name = schema.partition("(")[0]
-    # Any strides will do: else Inductor makes a copy of each argument that it has not laid out yet, at each use.
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-    _LIBRARY.impl(name, portable, "CompositeExplicitAutograd")
+    """An operator with kernels of its own on CPUs and GPUs."""
+    name = _define(schema, portable, fake)
     _LIBRARY.impl(name, _native_or(portable, name.partition("_")[0]), "CPU")
-    torch.library.register_fake(f"decoquant::{name}", fake, lib=_LIBRARY)
     _register_cuda(name, portable, serve)
 
 
 _register(_STORE, _store, _store_fake, _store_triton)
 _register(_ATTEND, _attend, _attend_fake, _attend_triton)
 _register(_DEQUANTISE, _dequantise, _dequantise_fake, _dequantise_triton)
-_LIBRARY.define(_STRETCH, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-_LIBRARY.impl(_STRETCH.partition("(")[0], _stretch, "CompositeExplicitAutograd")
-torch.library.register_fake(f"decoquant::{_STRETCH.partition('(')[0]}", _stretch_fake, lib=_LIBRARY)
+_define(_STRETCH, _stretch, _stretch_fake)
 
 store: Final = torch.ops.decoquant.store_v4.default
 """`reference.store` with the format as a key."""

@@ -59,7 +59,7 @@ def check_step(fn, arguments, function=step):
     """A call must give what the function gives, and leave the same in the caches."""
     theirs = tuple((a.dense() if isinstance(a, CacheTensor) else a).clone() for a in arguments)
     expected = function(*theirs)
-    torch.testing.assert_close(fn(*arguments), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(fn(*arguments), expected, rtol=0, atol=2e-6)
     for ours, wanted in zip(arguments, theirs, strict=True):
         torch.testing.assert_close(ours[:] if isinstance(ours, CacheTensor) else ours, wanted)
 
@@ -275,8 +275,9 @@ def turned(q, k, v, keys, values, positions, mask):
 def test_another_layout_is_packed_anew():
     """As many heads as slots: the sizes alone do not tell the layouts apart."""
     n = 4
-    q, k, v = (torch.randn(1, n, 1, 8) for _ in range(3))
-    keys, values = (torch.randn(1, n, n, 8) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 1, 8, generator=generator) for _ in range(3))
+    keys, values = (torch.randn(1, n, n, 8, generator=generator) for _ in range(2))
     arguments = (q, k, v, keys, values, torch.tensor([2]), None)
 
     def check(function):
@@ -284,7 +285,7 @@ def test_another_layout_is_packed_anew():
             a.clone() if isinstance(a, Tensor) else a for a in (q, k, v, keys[:] * 1, values[:] * 1, *arguments[5:])
         ]
         expected = function(*theirs)
-        torch.testing.assert_close(packed(function)(*arguments), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(packed(function)(*arguments), expected, rtol=0, atol=2e-6)
         assert type(keys) is type(values) is CacheTensor
         torch.testing.assert_close(keys[:] * 1, theirs[3])
 

@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from decoquant_compile.bench import attention, cuda, decode, machine, memory, prefill, report
 from decoquant_compile.bench.timing import Row
+from decoquant_compile.command_line import out as out_option
 
 _BITS: Final = ("16", "8", "5", "4", "3", "2")
 _T = TypeVar("_T")
@@ -64,30 +65,7 @@ def _shape(text: str) -> attention.Shape:
     return attention.Shape(text, batch, query_heads, heads, head_dim)
 
 
-def _out(does: str, *suffixes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Files for the results; checks before anything is measured that they can be written."""
-
-    def check(
-        _context: click.Context, _parameter: click.Parameter, paths: tuple[pathlib.Path, ...]
-    ) -> tuple[pathlib.Path, ...]:
-        for path in paths:
-            if path.suffix not in suffixes:
-                raise click.BadParameter(f"{str(path)!r}: expected a name that ends in {' or '.join(suffixes)}")
-            if not path.absolute().parent.is_dir():
-                raise click.BadParameter(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
-        return paths
-
-    return click.option(
-        "--out",
-        type=click.Path(dir_okay=False, writable=True, path_type=pathlib.Path),
-        callback=check,
-        multiple=True,
-        metavar="FILE",
-        help=f"{does}; may be given again.",
-    )
-
-
-_OUT: Final = _out("Write the results as .json or draw them as .png", ".json", ".png")
+_OUT: Final = out_option("Write the results as .json or draw them as .png", ".json", ".png")
 _THREADS: Final = click.option("--threads", type=_several(_positive), default="1", show_default=True, metavar="N,...")
 _MODELS: Final = click.option(
     "--shape",
@@ -273,7 +251,7 @@ def attention_command(
     help=f"Of {', '.join(attention.SHAPES)}, or BATCHxQUERY_HEADSxHEADSxHEAD_DIM.",
 )
 @_bits(",".join(_BITS[1:]))
-@_out("Write the results as .json or as a page .md", ".json", ".md")
+@out_option("Write the results as .json or as a page .md", ".json", ".md")
 def roofline_command(shape: attention.Shape, bits: tuple[str, ...], out: tuple[pathlib.Path, ...]) -> None:
     """Predict what share of a GPU's bandwidth the decode kernel can use, from its machine code; no GPU is needed.
 

@@ -10,6 +10,7 @@ import transformers
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from decoquant_compile.command_line import out as out_option
 from decoquant_compile.coverage import architectures, report, timing
 from decoquant_compile.coverage.cells import ATTENTIONS, BOUNDS, CACHES, OWN, PREFILLS, Cell, measure
 from decoquant_compile.coverage.idioms import IDIOMS
@@ -27,16 +28,6 @@ def _several(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
         return names
 
     return convert
-
-
-def _out(_: click.Context, __: click.Parameter, paths: tuple[pathlib.Path, ...]) -> tuple[pathlib.Path, ...]:
-    """Checks before anything is measured that the results can be written."""
-    for path in paths:
-        if path.suffix not in _WRITERS:
-            raise click.BadParameter(f"{str(path)!r}: expected a name that ends in {' or '.join(_WRITERS)}")
-        if not path.absolute().parent.is_dir():
-            raise click.BadParameter(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
-    return paths
 
 
 @click.command(help="Say which attentions of which architectures are rewritten, and why the others are not.")
@@ -67,14 +58,7 @@ def _out(_: click.Context, __: click.Parameter, paths: tuple[pathlib.Path, ...])
     metavar="FILE",
     help="Take from the .json of an earlier run what it has of the models asked for; may be given again.",
 )
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, writable=True, path_type=pathlib.Path),
-    callback=_out,
-    multiple=True,
-    metavar="FILE",
-    help="Write the results as .json or .md; may be given again.",
-)
+@out_option(f"Write the results as {' or '.join(_WRITERS)}", *_WRITERS)
 def main(
     only: tuple[str, ...],
     attention: tuple[str, ...],

@@ -16,6 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from torch import Tensor
 
 import decoquant_compile.quality
+from decoquant_compile.command_line import out as out_option
 from decoquant_compile.options import Options
 from decoquant_compile.quality import measure, model, report, rivals, text
 from decoquant_compile.quality.divergence import chunks, compare
@@ -64,18 +65,6 @@ def _options(_context: click.Context, _parameter: click.Parameter, values: Seque
         except json.JSONDecodeError:
             found[name] = content
     return found
-
-
-def _out(
-    _context: click.Context, _parameter: click.Parameter, paths: tuple[pathlib.Path, ...]
-) -> tuple[pathlib.Path, ...]:
-    """Checks before anything is measured that the results can be written."""
-    for path in paths:
-        if path.suffix not in report.FORMATS:
-            raise click.BadParameter(f"{str(path)!r}: expected a name that ends in {', '.join(report.FORMATS)}")
-        if not path.absolute().parent.is_dir():
-            raise click.BadParameter(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
-    return paths
 
 
 @dataclass(frozen=True)
@@ -312,14 +301,7 @@ def _texts(paths: Sequence[pathlib.Path], console: Console) -> list[text.Text]:
     help="Tokens in the cache whose stored bits are counted; 0 not to count.",
 )
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), default="float32", show_default=True, help="Of the model.")
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, writable=True, path_type=pathlib.Path),
-    callback=_out,
-    multiple=True,
-    metavar="FILE",
-    help=f"Write the results as {', '.join(report.FORMATS)}; may be given again.",
-)
+@out_option(f"Write the results as {', '.join(report.FORMATS)}", *report.FORMATS)
 @torch.no_grad()
 def main(
     name: str,
