@@ -12,7 +12,8 @@ from torch import fx
 
 from decoquant_compile import _compat
 from decoquant_compile.allocate import Holding
-from decoquant_compile.handle import CacheTensor, Dims, format_of, is_whole
+from decoquant_compile.dims import Dims
+from decoquant_compile.handle import CacheTensor, format_of, is_whole
 from decoquant_compile.kernels.codec import Role
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import GrowingState

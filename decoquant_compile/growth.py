@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decoquant_compile.dims import BHSD, Dims, arranged
 from decoquant_compile.handle import (
     JOINS,
     CacheTensor,
-    Dims,
     Stretch,
     format_of,
     handle_of,
@@ -81,7 +81,7 @@ def opened(
         return Opened(GrowingState.with_room(form, batch, heads, tokens, device), 0, 0, tokens, length)
     stretch = stretch_of(tensor, dims)
     if stretch is None or stretch.state.format != form:
-        dense = (tensor.dense() if isinstance(tensor, CacheTensor) else tensor).permute(dims)
+        dense = arranged(tensor.dense() if isinstance(tensor, CacheTensor) else tensor, dims)
         return _ingested(dense, form, tokens, length, mask)
     state = stretch.state
     is_full = state.end + tokens > state.slots
@@ -106,7 +106,7 @@ def copied(tensor: Tensor, dims: Dims, form: Format, tokens: int, mask: tuple[Te
     held = state_of(tensor, dims)
     if held is not None and held.format == form:
         return Opened(held.clone(), 0, 0, tokens, held.slots)
-    dense = (tensor.dense() if isinstance(tensor, CacheTensor) else tensor).permute(dims)
+    dense = arranged(tensor.dense() if isinstance(tensor, CacheTensor) else tensor, dims)
     batch, heads, slots, _ = dense.shape
     state = CacheState.empty(form, batch, heads, slots, dense.device)
     ingest(dense, state, None, mask)
@@ -174,18 +174,18 @@ def _cat(tensors: object, dim: int = 0, *, out: object = None) -> Any:
     if out is not None or not isinstance(tensors, list | tuple) or not tensors or not settle(tensors[0]):
         return NotImplemented
     handle, new = tensors[0], tensors[1:]
-    dims = getattr(handle if handle._root is None else handle._root, "_dims", (0, 1, 2, 3))
+    dims = getattr(handle if handle._root is None else handle._root, "_dims", BHSD)
     stretch = stretch_of(handle, dims)
-    if stretch is None or dim not in (dims[2], dims[2] - 4) or not new:
+    if stretch is None or dim not in (dims[2], dims[2] - handle.dim()) or not new:
         return NotImplemented
     for x in new:
-        if not isinstance(x, Tensor) or x.dim() != 4 or x.requires_grad:
+        if not isinstance(x, Tensor) or x.dim() != handle.dim() or x.requires_grad:
             return NotImplemented
-        same = all(x.shape[d] == handle.shape[d] for d in dims if d != dims[2])
+        same = all(x.shape[d] == handle.shape[d] for d in range(x.dim()) if d != dims[2])
         if x.dtype != handle.dtype or x.device != handle.device or not same:
             return NotImplemented
     with internal():
-        dense = torch.cat([x.dense() if isinstance(x, CacheTensor) else x for x in new], dim).permute(dims)
+        dense = arranged(torch.cat([x.dense() if isinstance(x, CacheTensor) else x for x in new], dim), dims)
         batch, heads, tokens, _ = dense.shape
         length = stretch.length + tokens
         held = opened(handle, dims, stretch.state.format, tokens, length, None, (), (batch, heads, dense.device))

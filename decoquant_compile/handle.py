@@ -7,19 +7,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import GetSetDescriptorType
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from decoquant_compile import _compat, _storage
+from decoquant_compile.dims import BHSD, Dims, arranged, laid_out, shape_of
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import CacheState, GrowingState
 from decoquant_compile.kernels.tiles import TILE
-
-Dims: TypeAlias = tuple[int, int, int, int]
-"""Which dimension of a tensor is batch, head, slot and channel: ``tensor.permute(dims)`` is [B, H, S, D]."""
 
 _RESTORE = "decoquant_compile.restore(cache) gives the 16-bit tensor back"
 _BITWISE = {2: torch.int16, 4: torch.int32}
@@ -42,7 +40,7 @@ class CacheTensor(Tensor):
     """Packed content; None for a view. A `GrowingState` may be that of many handles, each a stretch of its slots."""
     _first: int = 0
     """Slot, in a `GrowingState`, of the first token."""
-    _dims: Dims = (0, 1, 2, 3)
+    _dims: Dims = BHSD
     _root: Tensor | None = None
     """The cache tensor that a view looks into: a handle, or plain again after `restore`."""
     dense_calls: int = 0
@@ -78,8 +76,8 @@ class CacheTensor(Tensor):
             return
         state = _own(self)
         with internal():
-            after = after.detach().permute(self._dims)
-            changed = (_bits(after) != _bits(before.permute(self._dims))).any(-1).any(1)  # [B, S]
+            after = arranged(after.detach(), self._dims)
+            changed = (_bits(after) != _bits(arranged(before, self._dims))).any(-1).any(1)  # [B, S]
             positions = changed.any(0).nonzero()[:, 0]
             if len(positions):
                 rows = changed[:, positions]
@@ -145,7 +143,8 @@ def state_of(tensor: object, dims: Dims) -> CacheState | None:
 
 def _same_dims(tensor: Tensor, ours: Dims, theirs: Dims) -> bool:
     return ours == theirs or all(
-        a == b or tensor.shape[a] == tensor.shape[b] == 1 for a, b in zip(ours, theirs, strict=True)
+        a == b or (isinstance(a, int) and isinstance(b, int) and tensor.shape[a] == tensor.shape[b] == 1)
+        for a, b in zip(ours, theirs, strict=True)
     )
 
 
@@ -179,14 +178,14 @@ def stretch_of(tensor: object, dims: Dims) -> Stretch | None:
     root = tensor if tensor._root is None else tensor._root
     if not isinstance(root, CacheTensor) or not isinstance(root._state, GrowingState):
         return None
-    if tensor.dim() != 4 or not _same_dims(tensor, root._dims, dims):
+    if tensor.dim() != root.dim() or not _same_dims(tensor, root._dims, dims):
         return None
     slot = dims[2]
     with _compat.no_subclass_dispatch():
         length, step = tensor.shape[slot], root.stride(slot)
         skipped, rest = divmod(int(tensor.storage_offset()), step)
-        whole = all(tensor.shape[d] == root.shape[d] for d in range(4) if d != slot)
-        in_place = all(tensor.stride(d) == root.stride(d) for d in range(4) if tensor.shape[d] > 1)
+        whole = all(tensor.shape[d] == root.shape[d] for d in range(root.dim()) if d != slot)
+        in_place = all(tensor.stride(d) == root.stride(d) for d in range(root.dim()) if tensor.shape[d] > 1)
         if tensor.dtype != root.dtype or rest or not whole or not in_place or skipped + length > root.shape[slot]:
             return None
     return Stretch(root._state, root._first + skipped, length)
@@ -288,8 +287,7 @@ class Transients:
     def _read(self, root: CacheTensor) -> Tensor:
         assert root._state is not None
         with internal():  # a transient of inference mode would not count its versions
-            order = [root._dims.index(i) for i in range(4)]
-            dense = _content(root).permute(order).contiguous()
+            dense = laid_out(_content(root), root._dims).contiguous()
             shared = _compat.storage_id(dense) == _compat.storage_id(root._state.buffer)
             if shared or dense.is_inference() or dense.untyped_storage().nbytes() != dense.nbytes:
                 dense = dense.clone()
@@ -365,7 +363,7 @@ def _as_view(tensor: Tensor, root: Tensor) -> Tensor:
 def dense_shape(state: CacheState, dims: Dims, length: int | None = None) -> torch.Size:
     """Shape of the tensor that a state, or `length` slots of a growing one, stands for."""
     sizes = (state.batch, state.heads, state.slots if length is None else length, state.format.head_dim)
-    return torch.Size(sizes[dims.index(i)] for i in range(4))
+    return torch.Size(shape_of(sizes, dims))
 
 
 def handle_of(state: CacheState, dims: Dims, first: int = 0, length: int | None = None) -> Tensor:
@@ -393,7 +391,7 @@ _RESERVED: WeakKeyDictionary[CacheState, _storage.Reserved] = WeakKeyDictionary(
 
 def _reserved(state: CacheState, device: torch.device) -> _storage.Reserved:
     """Addresses for the handles of a state: to map them anew for each handle of a growing cache would take long."""
-    nbytes = dense_shape(state, (0, 1, 2, 3)).numel() * state.format.dtype.itemsize
+    nbytes = dense_shape(state, BHSD).numel() * state.format.dtype.itemsize
     reserved = _RESERVED.get(state)
     if reserved is None or reserved.nbytes < nbytes:
         reserved = _RESERVED[state] = _storage.Reserved(nbytes, device)
@@ -500,9 +498,10 @@ def _try(special: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 def _whole(handle: CacheTensor, dim: object) -> int | None:
     """The role of dimension `dim` of a whole handle (0 batch, 1 head, 2 slot, 3 channel), else None."""
-    if handle._root is not None or type(dim) is not int or not -4 <= dim < 4:
+    rank = handle.dim()
+    if handle._root is not None or type(dim) is not int or not -rank <= dim < rank or dim % rank not in handle._dims:
         return None
-    return handle._dims.index(dim % 4)
+    return handle._dims.index(dim % rank)
 
 
 def _selection(handle: CacheTensor, index: object) -> Any:
@@ -561,7 +560,7 @@ def _index_copy_(handle: CacheTensor, dim: int, index: object, source: object) -
         if int(positions.min()) < 0 or int(positions.max()) >= handle.shape[dim]:
             return NotImplemented
         state = _own(handle)
-        state.write(new.permute(handle._dims), positions + handle._first)
+        state.write(arranged(new, handle._dims), positions + handle._first)
     return handle
 
 
@@ -572,7 +571,11 @@ def _index_select(handle: CacheTensor, dim: int, index: object) -> Any:
 def _getitem(handle: CacheTensor, index: object) -> Any:
     """``handle[sequences]`` and ``handle[sequences, ...]`` select over the batch."""
     first, *rest = index if isinstance(index, tuple) and index else (index,)
-    if _whole(handle, 0) != 0 or any(item is not ... and item != slice(None) for item in rest) or len(rest) > 3:
+    if (
+        _whole(handle, 0) != 0
+        or any(item is not ... and item != slice(None) for item in rest)
+        or len(rest) >= handle.dim()
+    ):
         return NotImplemented
     return _selection(handle, first)
 

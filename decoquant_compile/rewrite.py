@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from decoquant_compile import _compat
-from decoquant_compile.handle import Dims
+from decoquant_compile.dims import BHSD, Dims, arranged, is_plain, order, sizes
 from decoquant_compile.kernels import ops
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.normalize import Normal, finish
@@ -164,7 +164,7 @@ class _Rewriter:
         for cache in rebuilt:
             self.wanted.append((_held(cache.write), None, 0))
             self._bind(cache.write, cache.dims, formats[cache.write.cache])
-        bound = [(write, site.dims) for site in storing for write in (site.key, site.value)]
+        bound: list[tuple[CacheWrite, Dims]] = [(w, site.dims) for site in storing for w in (site.key, site.value)]
         bound += [(cache.write, cache.dims) for cache in rebuilt]
         for (write, _), binding in zip(bound, self.bindings, strict=True):
             if binding.is_placed:
@@ -230,10 +230,10 @@ class _Rewriter:
         """What has to be known of each returned cache before and after a call."""
         outputs: list[fx.Node] = []
         rows: list[tuple[int | tuple[int], ...]] = []
-        for write, (batch, heads, slot, _) in bound:
-            cache, new = shape(write.cache), shape(write.new)
+        for write, dims in bound:
+            batch, heads, slots, _ = sizes(shape(write.cache), dims)
             row: list[int | tuple[int]] = []
-            for size in (cache[batch], cache[heads], new[slot], cache[slot]) if write.returned else ():
+            for size in (batch, heads, shape(write.new)[dims[2]], slots) if write.returned else ():
                 with self.graph.inserting_before(self.graph.output_node()):
                     number = _compat.size_node(self.graph, size)
                 if isinstance(number, int):
@@ -326,7 +326,7 @@ class _Rewriter:
             stored, shift = self._placing(write, self._size(new, 2), slots, first, new)
             rows = None
             if write.partial is not None:
-                new, rows = self._padded(new, self._size(new, 0), self._size(write.cache, dims[0]))
+                new, rows = self._padded(new, self._size(new, 0), self._roles(write.cache, dims)[0])
             self.graph.call_function(ops.store, (state, new, stored, None, None, slots, shift, 0, format_.key(), rows))
 
     def _dense(self, cache: RebuiltCache, state: fx.Node, format_: Format, slots: Int, first: Int) -> fx.Node | None:
@@ -338,15 +338,19 @@ class _Rewriter:
         # Where they are known by then, the new tokens keep the compiler from rebuilding the caches of all layers first.
         after = write.new if write.writes and write.new < min(readers) else None
         with self.graph.inserting_before(min(readers)):
-            batch, heads, length = (self._size(buffer, dim) for dim in cache.dims[:3])
+            batch, heads, length, _ = self._roles(buffer, cache.dims)
             if write.grows:
                 arguments = (state, batch, heads, slots, first, length, format_.key(), after)
                 dense = self.graph.call_function(ops.dequantise_stretch, arguments)
             else:
                 dense = self.graph.call_function(ops.dequantise, (state, batch, heads, slots, format_.key(), after))
-            if cache.dims != (0, 1, 2, 3):
-                order = [cache.dims.index(dim) for dim in range(4)]
-                dense = self.graph.call_function(aten.permute.default, (dense, order))
+            places = order(cache.dims)
+            if not is_plain(cache.dims):
+                parts = [self._size(buffer, dim) for dim in places]
+                dense = self.graph.call_function(aten.reshape.default, (dense, parts))
+            if places != sorted(places):
+                back = [places.index(dim) for dim in range(len(places))]
+                dense = self.graph.call_function(aten.permute.default, (dense, back))
                 dense = self.graph.call_function(
                     aten.clone.default, (dense,), {"memory_format": torch.contiguous_format}
                 )
@@ -368,20 +372,22 @@ class _Rewriter:
     def _tokens(self, write: CacheWrite, dims: Dims) -> fx.Node:
         """The new tokens as the cache would hold them: its dtype, [batch, heads, tokens, channels]."""
         if not write.writes:
-            batch, heads, _, channels = (self._size(write.cache, dim) for dim in dims)
+            batch, heads, _, channels = self._roles(write.cache, dims)
             like = write.cache.meta["val"]
             options = {"dtype": like.dtype, "device": like.device, "pin_memory": False}
             none = self.graph.call_function(aten.empty.memory_format, ([batch, heads, 0, channels],), options)
-            none.meta["val"] = like.permute(dims)[:, :, :0]
+            none.meta["val"] = arranged(like, dims)[:, :, :0]
             return none
         new, dtype = write.new, write.cache.meta["val"].dtype
         if new.meta["val"].dtype != dtype:
             new = self.graph.call_function(aten.to.dtype, (new, dtype))
             new.meta["val"] = write.new.meta["val"].to(dtype)
-        if dims != (0, 1, 2, 3):
-            value = new.meta["val"]
-            new = self.graph.call_function(aten.permute.default, (new, list(dims)))
-            new.meta["val"] = value.permute(dims)
+        if dims != BHSD:
+            value, roles = new.meta["val"], self._roles(new, dims)
+            new = self.graph.call_function(aten.permute.default, (new, order(dims)))
+            if not is_plain(dims):
+                new = self.graph.call_function(aten.reshape.default, (new, roles))
+            new.meta["val"] = arranged(value, dims)
         return new
 
     def _place(self, write: CacheWrite, site: Site) -> tuple[Int, Int]:
@@ -448,6 +454,10 @@ class _Rewriter:
         Not read off the node: that would keep the dense operand alive.
         """
         return _compat.size_node(self.graph, shape(node)[dim])
+
+    def _roles(self, node: fx.Node, dims: Dims) -> list[Int]:
+        """Batch, heads, slots and channels of a node."""
+        return [_compat.size_node(self.graph, size) for size in sizes(shape(node), dims)]
 
     def _add(self, a: Int, b: Int) -> Int:
         return self._fold(operator.add, a, b)

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from decoquant_compile import _storage
-from decoquant_compile.handle import Dims, dense_shape, handle_of, pack, settle, stretch_of
+from decoquant_compile.dims import Dims
+from decoquant_compile.handle import dense_shape, handle_of, pack, settle, stretch_of
 from decoquant_compile.kernels.format import NO_EPOCH, SET, START, UNSET, Format
 from decoquant_compile.kernels.state import CacheState, GrowingState
 from decoquant_compile.members import members
@@ -238,7 +239,8 @@ def _packed(content: Tensor, about: list[Any] | None, device: torch.device | str
         if not 0 <= first <= first + length <= slots:
             raise ValueError(f"the file is damaged: tokens {first} to {first + length} of {slots}")
         state.end = first + length
-    return _Packed(state, tuple(dims), first, length)
+    batch_dims, head_dims = (tuple(group) if isinstance(group, list) else group for group in dims[:2])
+    return _Packed(state, (batch_dims, head_dims, dims[2], dims[3]), first, length)
 
 
 def _check_indices(state: CacheState) -> None:

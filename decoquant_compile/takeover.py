@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from decoquant_compile import _compat, _storage
-from decoquant_compile.handle import CacheTensor, Dims, pack, settle, unpack
+from decoquant_compile.dims import Dims, arranged, order
+from decoquant_compile.handle import CacheTensor, pack, settle, unpack
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import CacheState
 from decoquant_compile.members import members
@@ -65,7 +66,7 @@ def obstacle(tensor: Tensor, dims: Dims) -> str | None:
         return f"has dtype {tensor.dtype}, not float32, bfloat16 or float16"
     if tensor.requires_grad:
         return "requires grad"
-    if tensor.dim() != 4 or sorted(dims) != [0, 1, 2, 3]:
+    if sorted(order(dims)) != list(range(tensor.dim())):
         return f"has shape {tuple(tensor.shape)}, whose batch, head, slot and channel are not dimensions {dims}"
     if tensor.numel() == 0:
         return f"is empty: shape {tuple(tensor.shape)}"
@@ -126,7 +127,7 @@ def _misfit(claim: Claim) -> str | None:
 def _ingest(claim: Claim, length: int | None, mask: tuple[Tensor, int] | None) -> CacheState:
     """A packed state with the content of a dense tensor."""
     with torch.inference_mode(mode=False), torch.no_grad():
-        dense = claim.tensor.permute(claim.dims)
+        dense = arranged(claim.tensor, claim.dims)
         batch, heads, slots, _ = dense.shape
         state = CacheState.empty(claim.format, batch, heads, slots, dense.device)
         ingest(dense, state, length, mask)

@@ -376,6 +376,8 @@ def _last(*nodes: Int) -> fx.Node:
 
 def _one_slot(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
     """One slot, at an integer."""
+    if (pair := _pair(buffer, value, seen)) is not None:
+        return pair
     dim, index, source = argument(seen, "dim") % len(shape(seen)), argument(seen, "index"), argument(seen, "src")
     if (problem := _base_problem(buffer, seen.args[0])) is not None:
         return problem
@@ -388,6 +390,39 @@ def _one_slot(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Pr
     with buffer.graph.inserting_after(source):
         new = computed(buffer.graph, aten.unsqueeze.default, source, dim)
     return CacheWrite("slice", buffer, value, new, dim, seen, start=start)
+
+
+def _pair(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem | None:
+    """The same write into both halves of a tensor, as keys and values in one; None if it is no such thing."""
+    dim, base = argument(seen, "dim") % len(shape(seen)), plain(argument(seen, "self"))
+    if base.target is not seen.target or shape(seen)[dim] != 2 or plain(argument(base, "self")) is not buffer:
+        return None
+    halves: dict[int, CacheWrite] = {}
+    for node in (base, seen):
+        part, index = plain(argument(node, "src")), argument(node, "index")
+        if part.target not in FORMS or argument(node, "dim") % len(shape(node)) != dim or index not in (0, 1, -1, -2):
+            return None
+        before = plain(part.all_input_nodes[0])
+        taken = before.target is aten.select.int and plain(operand(before)) in (buffer, base)
+        if not taken or (argument(before, "dim") % len(shape(seen)), argument(before, "index") % 2) != (dim, index % 2):
+            return None
+        half = FORMS[part.target](before, node, part)
+        if isinstance(half, Problem):
+            return half
+        halves[index % 2] = half
+    if len(halves) != 2:
+        return Problem(Reason.TWO_WRITES, f"{base} before")
+    first, second = halves[0], halves[1]
+    for half in (first, second):
+        if half.kept is not None or half.partial is not None:
+            return Problem(Reason.UNKNOWN_WRITE, f"{half.form} of {half.new} into a half of {buffer}")
+    places = [(half.form, half.slot_dim, half.positions, half.start, dtype(half.new)) for half in (first, second)]
+    if not same_value(*places):
+        return Problem(Reason.POSITIONS_DIFFER, f"{first.form} into one half of {buffer}, {second.form} into the other")
+    with buffer.graph.inserting_after(max(first.new, second.new)):
+        new = computed(buffer.graph, aten.stack.default, [first.new, second.new], dim)
+    slot_dim = first.slot_dim + (first.slot_dim >= dim)
+    return replace(first, buffer=buffer, value=value, new=new, slot_dim=slot_dim, seen=seen)
 
 
 def _cat(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:

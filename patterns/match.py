@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import fx
@@ -20,6 +20,13 @@ from decoquant_compile.patterns.reject import Problem, Reason, Reject
 from decoquant_compile.patterns.symbols import Int, Size, dtype, known, same_value, shape
 
 aten = torch.ops.aten
+
+
+Group: TypeAlias = int | tuple[int, ...]
+"""A dim of a cache; two of them, where the first holds keys and values, or anything else of which there are two; ()."""
+
+Dims: TypeAlias = tuple[Group, Group, int, int]
+"""Which dims of a cache are batch, head, slot, channel."""
 
 
 class Normalised(Protocol):
@@ -80,12 +87,12 @@ class RebuiltCache:
     Attributes:
         write: how it is written.
         side: "key" if its slots index the keys of every attention that they reach, "value" otherwise.
-        dims: which of its dims is batch, head, slot, channel.
+        dims: which of its dims are batch, head, slot, channel.
     """
 
     write: CacheWrite
     side: flow.Side
-    dims: tuple[int, int, int, int]
+    dims: Dims
 
 
 @dataclass(frozen=True)
@@ -117,11 +124,11 @@ class Held:
     """What is known of an input that is packed already.
 
     Attributes:
-        dims: which of its dims is batch, head, slot, channel.
+        dims: which of its dims are batch, head, slot, channel.
         is_stretch: it is a handle of a growing cache.
     """
 
-    dims: tuple[int, int, int, int]
+    dims: Dims
     is_stretch: bool
 
 
@@ -398,17 +405,28 @@ def _worse(key: object, value: object) -> Problem:
     return problems[0]
 
 
-def _dims(write: CacheWrite) -> tuple[int, int, int, int] | None:
-    """Which dim of a cache is batch, head, slot and channel, by its write and by custom; None if it cannot be held.
+def _dims(write: CacheWrite) -> Dims | None:
+    """Which dims of a cache are batch, head, slot and channel, by its write and by custom; None if it cannot be held.
 
-    Batches stand outside of heads, and channels inside of all but slots. Where that is wrong, the cache is stored less
-    well, and read as well.
+    Batches stand outside of heads, and channels inside of all but slots. With three dims there are no heads; with five,
+    one of size 2 that is not the channels' makes two sequences of one, or two heads of one. Where that is wrong, the
+    cache is stored less well, and read as well.
     """
-    cache, slot = write.cache, write.slot_dim
-    if len(shape(cache)) != 4 or dtype(cache) not in _FLOATS:
+    cache, slot, sizes = write.cache, write.slot_dim, shape(write.cache)
+    if not 3 <= len(sizes) <= 5 or dtype(cache) not in _FLOATS:
         return None
-    batch, head, channel = (d for d in range(4) if d != slot)
-    if write.partial not in (None, batch) or not isinstance(shape(cache)[channel], int):
+    *others, channel = (d for d in range(len(sizes)) if d != slot)
+    batch: Group = others[0]
+    head: Group = tuple(others[1:])
+    if len(others) == 3:
+        pair = next((d for d in others if sizes[d] == 2), None)
+        if pair is None or write.returned or write.partial is not None:
+            return None
+        first, last = (d for d in others if d != pair)
+        batch, head = ((pair, first), last) if pair == 0 else (first, (pair, last))
+    elif len(others) == 2:
+        head = others[1]
+    if write.partial not in (None, batch) or not isinstance(sizes[channel], int):
         return None
     return batch, head, slot, channel
 

@@ -247,7 +247,7 @@ class KeysTransposed(Idiom):
 
 
 class Stacked(Idiom):
-    """Keys and values in one buffer [2, B, H, S, D]."""
+    """Keys and values in one buffer [2, B, H, S, D], written one after the other."""
 
     kv_cache: Tensor
 
@@ -261,6 +261,66 @@ class Stacked(Idiom):
         self.kv_cache[0][:, :, call.positions], self.kv_cache[1][:, :, call.positions] = k, v
         k, v = self.kv_cache.unbind(0)
         return F.scaled_dot_product_attention(q, _repeat(k), _repeat(v), attn_mask=call.mask).transpose(1, 2), None
+
+
+class Paired(Idiom):
+    """Keys and values in one buffer [B, 2, S, H, D], written together."""
+
+    kv_cache: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kv_cache", torch.zeros(1, 2, SLOTS, KV_HEADS, HEAD_DIM))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
+        end = call.start + q.shape[1]
+        self.kv_cache[:, :, call.start : end] = torch.stack((k, v), 1)
+        k, v = self.kv_cache[:, :, :end].permute(1, 0, 3, 2, 4)
+        mask = call.mask[..., :end]
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True)
+        return y.transpose(1, 2), None
+
+
+class FlatHeads(Idiom):
+    """Buffers [B, S, H * D]: heads come apart when they are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers_of(1, SLOTS, KV_HEADS * HEAD_DIM)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
+        self.k_cache[:, call.positions], self.v_cache[:, call.positions] = k.flatten(2), v.flatten(2)
+        k, v = (t.view(*t.shape[:2], KV_HEADS, HEAD_DIM) for t in (self.k_cache, self.v_cache))
+        q, k, v = _swap(q, k, v)
+        return F.scaled_dot_product_attention(q, _repeat(k), _repeat(v), attn_mask=call.mask).transpose(1, 2), None
+
+
+class Latent(Idiom):
+    """Latents and rotated keys [B, S, C], with the projections absorbed, as in DeepSeek's own code."""
+
+    latents: Tensor
+    rotated: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("latents", torch.zeros(1, SLOTS, KV_HEADS * HEAD_DIM))
+        self.register_buffer("rotated", torch.zeros(1, SLOTS, HEAD_DIM))
+        self.up_keys = nn.Parameter(torch.randn(HEADS, HEAD_DIM, KV_HEADS * HEAD_DIM) / HEAD_DIM)
+        self.up_values = nn.Parameter(torch.randn(HEADS, HEAD_DIM, KV_HEADS * HEAD_DIM) / HEAD_DIM)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
+        end = call.start + q.shape[1]
+        self.latents[:, call.start : end], self.rotated[:, call.start : end] = v.flatten(2), k[:, :, 0]
+        absorbed = torch.einsum("bshd,hdc->bshc", q, self.up_keys)
+        scores = torch.einsum("bshc,btc->bsht", absorbed, self.latents[:, :end])
+        scores = (scores + torch.einsum("bshr,btr->bsht", q, self.rotated[:, :end])) * HEAD_DIM**-0.5
+        scores = scores.masked_fill(~call.mask[0, :, :, None, :end], -math.inf)
+        weights = scores.softmax(-1, dtype=torch.float32).type_as(q)
+        mixed = torch.einsum("bsht,btc->bshc", weights, self.latents[:, :end])
+        return torch.einsum("bshc,hdc->bshd", mixed, self.up_values), None
 
 
 class Rolling(Idiom):
@@ -375,7 +435,7 @@ IDIOMS: Final[dict[str, type[Idiom]]] = {
             SlotsFirst,
             KeysTransposed,
         ),
-        *(Stacked, Rolling, ReadFirst, NanoGpt, FusedGrowing, Functional, XTransformers),
+        *(Stacked, Paired, FlatHeads, Latent, Rolling, ReadFirst, NanoGpt, FusedGrowing, Functional, XTransformers),
     )
 }
 

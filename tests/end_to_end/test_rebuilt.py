@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from decoquant_compile.coverage.idioms import Handwritten
 from tests.end_to_end import models
 from tests.end_to_end.harness import (
     NOISE,
@@ -225,3 +226,21 @@ def test_one_layer_is_dense_at_a_time(monkeypatch):
     layer = 2 * KV_HEADS * models.SLOTS * CHANNELS * 4
     assert peaks[0] > layer  # else it measures nothing
     assert peaks[1] - peaks[0] < 3 * layer / 2
+
+
+@pytest.mark.parametrize(
+    ("idiom", "bits"), [("Stacked", 16), ("Stacked", 4), ("Paired", 4), ("FlatHeads", 4), ("Latent", 16), ("Latent", 4)]
+)
+@torch.no_grad()
+def test_caches_of_three_and_five_dims(idiom, bits):
+    subject, chunks = Handwritten(idiom), [7, 1, 5, 1, 1]
+    twin, cache = copy.deepcopy(subject), subject.cache("own")
+    with packing(bits=bits, sinks=1, window=2) as session:
+        forward = torch.compile(subject.model)
+        for ids in prompts(1, sum(chunks)).split(chunks, 1):
+            before = {**cache}
+            twin.model = shown(subject.model)
+            got = subject.step(forward, cache, ids)
+            assert distance(got, twin.step(twin.model, before, ids)) < noise(bits)
+        assert_packed([buffer for name, buffer in subject.model.named_buffers() if name != "mask"])
+    assert all(form.endswith("rebuilt") for form in forms(session))

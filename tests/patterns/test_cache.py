@@ -355,3 +355,79 @@ def test_a_mutated_bias_is_no_cache_write():
     recorder, _ = capture(lambda b, q: b.add_(1).sum() + F.scaled_dot_product_attention(q, q, q).sum(), new(), new())
     ((value, buffer),) = recorder.graphs[0].mutations
     assert not isinstance(parse(buffer, value), CacheWrite)
+
+
+def halves(write, dim=0, order=(0, 1)):
+    """`write` into both halves of a pair of caches."""
+
+    def both(c, *args):
+        for index in order:
+            write(c.select(dim, index), *args)
+
+    return both
+
+
+def put(c, p, x):
+    c[:, :, p] = x
+
+
+def between(c, p, x):
+    c[:, :, 3:5] = x
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (-1, 0), (-2, -1)])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(
+    ("write", "form"), [(put, "index_put"), (between, "slice"), (lambda c, p, x: c.index_copy_(2, p, x), "index_copy")]
+)
+def test_both_halves_of_one_tensor(write, form, dim, order):
+    pair = cache().unsqueeze(dim).repeat_interleave(2, dim)
+    parsed = written(halves(write, dim, order), pair, torch.tensor([3, 4]), new(2))
+    assert (parsed.form, parsed.slot_dim) == (form, 3)
+    sizes = [BATCH, HEADS, 2, CHANNELS]
+    sizes.insert(dim, 2)
+    assert list(parsed.new.meta["val"].shape) == sizes
+    assert parsed.seen is parsed.value
+
+
+def one_half(c, p, x):
+    put(c[0], p, x)
+    put(c[0], p + 1, x)
+
+
+def other_positions(c, p, x):
+    put(c[0], p, x)
+    put(c[1], p + 1, x)
+
+
+def other_forms(c, p, x):
+    put(c[0], p, x)
+    between(c[1], p, x)
+
+
+def rolled(c, p, x):
+    for half in c:
+        moved = half.roll(-1, 2)
+        moved[:, :, -1:] = x[:, :, :1]
+        half.copy_(moved)
+
+
+def of_three(c, p, x):
+    put(c[0], p, x)
+    put(c[2], p, x)
+
+
+@pytest.mark.parametrize(
+    ("write", "reason", "count"),
+    [
+        (one_half, Reason.TWO_WRITES, 2),
+        (other_positions, Reason.POSITIONS_DIFFER, 2),
+        (other_forms, Reason.POSITIONS_DIFFER, 2),
+        (rolled, Reason.TWO_WRITES, 2),
+        (of_three, Reason.TWO_WRITES, 3),
+    ],
+)
+def test_no_halves(write, reason, count):
+    problem = written(write, torch.stack([cache()] * count), torch.tensor([3, 4]), new(2))
+    assert isinstance(problem, Problem)
+    assert problem.reason == reason

@@ -1,0 +1,60 @@
+"""Which dimension of a cache tensor is what, and the tensor as [batch, heads, slots, channels]."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+Group: TypeAlias = int | tuple[int, ...]
+"""A dimension; those of a pair, such as keys and values in one tensor, of which the first has size 2; () for none."""
+
+Dims: TypeAlias = tuple[Group, Group, int, int]
+"""Which dimensions of a tensor are batch, head, slot and channel."""
+
+BHSD: Dims = (0, 1, 2, 3)
+
+
+def order(dims: Dims) -> list[int]:
+    """All dimensions, those of the batch first: what to permute by."""
+    return [dim for group in dims for dim in members(group)]
+
+
+def members(group: Group) -> tuple[int, ...]:
+    """The dimensions of a group."""
+    return (group,) if isinstance(group, int) else group
+
+
+def is_plain(dims: Dims) -> bool:
+    """Whether each role is that of one dimension: then `arranged` gives a view."""
+    return all(isinstance(group, int) for group in dims)
+
+
+def sizes(shape: Sequence[Any], dims: Dims) -> list[Any]:
+    """Batch, heads, slots and channels of a tensor of this shape."""
+    return [prod(shape[dim] for dim in members(group)) for group in dims]
+
+
+def shape_of(sizes: Sequence[int], dims: Dims) -> list[int]:
+    """Shape of the tensor that has these sizes, batch, heads, slots and channels."""
+    shape = [0] * len(order(dims))
+    for size, group in zip(sizes, dims, strict=True):
+        parts = members(group)
+        for dim, part in zip(parts, (size,) if len(parts) == 1 else (2, size // 2), strict=False):
+            shape[dim] = part
+    return shape
+
+
+def arranged(tensor: Tensor, dims: Dims) -> Tensor:
+    """A tensor as [batch, heads, slots, channels]."""
+    moved = tensor.permute(order(dims))
+    return moved if is_plain(dims) else moved.reshape(sizes(tensor.shape, dims))
+
+
+def laid_out(tensor: Tensor, dims: Dims) -> Tensor:
+    """What `arranged` is made from: [batch, heads, slots, channels] in the cache's own dimensions."""
+    places = order(dims)
+    if not is_plain(dims):
+        shape = shape_of(tensor.shape, dims)
+        tensor = tensor.reshape([shape[dim] for dim in places])
+    return tensor.permute([places.index(dim) for dim in range(len(places))])
