@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from decoquant_compile.coverage.idioms import Handwritten
+import decoquant_compile
+from decoquant_compile.coverage.idioms import HEAD_DIM, LAYERS, Decoder, Handwritten, Idiom
 from tests.end_to_end import models
 from tests.end_to_end.harness import (
     NOISE,
@@ -244,3 +245,31 @@ def test_caches_of_three_and_five_dims(idiom, bits):
             assert distance(got, twin.step(twin.model, before, ids)) < noise(bits)
         assert_packed([buffer for name, buffer in subject.model.named_buffers() if name != "mask"])
     assert all(form.endswith("rebuilt") for form in forms(session))
+
+
+class FlatGrowing(Idiom):
+    """Growing caches [B, S, H * D]."""
+
+    def attend(self, q, k, v, call):
+        cache = tuple(x.flatten(2) for x in (k, v))
+        if call.cache is not None:
+            cache = tuple(torch.cat(both, 1) for both in zip(call.cache, cache, strict=True))
+        q, k, v = (x.unflatten(2, (-1, HEAD_DIM)).transpose(1, 2) for x in (q.flatten(2), *cache))
+        mask = call.mask[..., : k.shape[2]]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2), cache
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@torch.no_grad()
+def test_growing_caches_of_three_dims(bits):
+    model, caches, at = Decoder(FlatGrowing), [None] * LAYERS, 0
+    with decoquant_compile.enable(bits=bits, sinks=1, window=2):
+        forward = torch.compile(model)
+        for number, ids in enumerate(prompts(1, 14).split([7, 1, 1, 3, 1, 1], 1)):
+            places = torch.arange(at, at + ids.shape[1])
+            expected, _ = model(ids, places, at, shown(caches) if at else caches)
+            got, caches = forward(ids, places, at, caches)
+            if bits == 16 or number > 1:  # the second call reads what it packs
+                assert distance(got, expected) < noise(bits)
+            at += ids.shape[1]
+        assert_packed([tensor for layer in caches for tensor in layer])
