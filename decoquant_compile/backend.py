@@ -190,8 +190,9 @@ def _formats(
             held = format_of(example_inputs[normal.placeholders.index(write.buffer)], dims)
             if held is not None and (held.role == role or cache in rebuilt):
                 return held
-        value = cache.meta["val"]
-        return Format(role, bits, value.shape[dims[3]], value.dtype, options.sinks, options.window)
+        channels = shape(cache)[dims[3]]
+        assert isinstance(channels, int)  # only such caches are matched
+        return Format(role, bits, channels, cache.meta["val"].dtype, options.sinks, options.window)
 
     widths = options.widths(holdings)
     return {cache: choose(cache, bits) for cache, bits in zip(caches, widths, strict=True)}

@@ -2,11 +2,12 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import GetSetDescriptorType
+from types import FunctionType, GetSetDescriptorType
 from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -57,9 +58,13 @@ class CacheTensor(Tensor):
         """Run `func` as if on the dense tensor; while torch.compile traces, on the handle's metadata."""
         if torch.compiler.is_compiling():
             _require_own_backend()
+            if (function := _bound(func)) is not None:
+                return functools.partial(function, *args)
+            func = _ARITHMETIC.get(getattr(func, "__name__", ""), func)
             with _compat.no_subclass_dispatch():
                 return func(*args, **(kwargs or {}))
-        return _call(func, tuple(args), dict(kwargs or {}))
+        caller = sys._getframe(1).f_globals.get("__name__")
+        return _call(caller, func, tuple(args), dict(kwargs or {}))
 
     def dense(self) -> Tensor:
         """A dense copy of the present content, of the same shape and dtype, contiguous unless this is a view."""
@@ -429,6 +434,30 @@ def _facts(tensor: Tensor) -> tuple[Any, ...]:
 # Compiling
 
 
+def _bound(func: Any) -> Callable[..., Any] | None:
+    """The function to bind where Dynamo asks a handle for a method that is written in Python, which it cannot bind."""
+    if getattr(func, "__name__", None) != "__get__" or type(getattr(func, "__self__", None)) is not FunctionType:
+        return None
+    name = func.__self__.__name__
+    if name == "split":
+        return torch.split
+    return torch.unflatten if name == "unflatten" else None
+
+
+# `Tensor`'s own are written in Python and ask again whether there is a subclass: Dynamo says yes, even within
+# `no_subclass_dispatch`.
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "pow": torch.pow,  # the name of what `__pow__` wraps
+    "__rsub__": torch.rsub,
+    "__rdiv__": lambda tensor, other: tensor.reciprocal() * other,
+    "__rpow__": lambda tensor, other: torch.pow(other, tensor),
+    "__rmod__": lambda tensor, other: torch.remainder(other, tensor),
+    "__floordiv__": torch.floor_divide,
+    "__rfloordiv__": lambda tensor, other: torch.floor_divide(other, tensor),
+    "__rmatmul__": lambda tensor, other: torch.matmul(other, tensor),
+}
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _require_own_backend() -> bool:
     """Refuse, at trace time, a compiler that does not know handles: its graph would read freed memory."""
@@ -442,10 +471,14 @@ def _require_own_backend() -> bool:
 # Eager calls
 
 
-def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _call(caller: object, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run `func`, called by the module `caller`.
+
+    Dynamo would compile this too, piece by piece, where it gave up the code that called it.
+    """
     first = args[0] if args else None
     handle = first if settle(first) else None
-    caller = sys._getframe(2).f_globals.get("__name__")
     if func in (Tensor.size, Tensor.dim) and caller == _compat.VMAP_MODULE:  # its next step is C++
         raise RuntimeError(f"vmap reads the memory of its arguments, and this cache is packed; {_RESTORE}")
     if func in _METADATA or (func is Tensor.untyped_storage and caller == _compat.FAKE_MODULE):

@@ -90,6 +90,7 @@ TWISTS = (
     "values elsewhere", "values flipped", "negative places", "wrapped places", "far places", "constant places",
     # targets
     "half the batch", "half the heads", "half the channels", "one tensor", "shared memory", "keys only",
+    "one pair", "flat heads",
     # several writes
     "written twice", "written again elsewhere", "a slot cleared", "scaled in place", "cleared first", "counter",
     # reads
@@ -133,12 +134,16 @@ class Module(torch.nn.Module):
         return x.permute(self.order)
 
     def canonical(self, x):
+        if x.dim() == 3:
+            x = x.unflatten(2, (self.case.heads, self.case.channels))
         return x.permute([self.order.index(d) for d in range(4)])
 
     def forward(self, q, k, v, mask, positions, start, keys, values):  # noqa: PLR0915 - one line for each twist
         """Attention [batch, query heads, queries, channels], what else escapes, and the caches that follow."""
         case, twists = self.case, self.case.twists
         extra = []
+        if keys.dim() == 5:
+            keys, values = keys[0], keys[1]
         if "new scaled" in twists:
             k, v = k * 1.5, v.exp()
         if "new from one head" in twists:
@@ -223,6 +228,8 @@ class Module(torch.nn.Module):
             size = case.channels // 2
             target, new = target.narrow(channels, size, size), new[..., :size]
         new = self.stored(new)
+        if target.dim() == 3:
+            new = new.flatten(2)
         write = case.write
         if write == "index_copy":
             target.index_copy_(dim, places, new.to(target.dtype))
@@ -238,11 +245,11 @@ class Module(torch.nn.Module):
         elif write == "narrow":
             target.narrow(dim, start, tokens).copy_(new)
         elif write == "scatter":
-            shape = [1] * 4
+            shape = [1] * target.dim()
             shape[dim] = tokens
             target.scatter_(dim, places.view(shape).expand(new.shape), new.to(target.dtype))
         elif write == "where":
-            shape = [1] * 4
+            shape = [1] * target.dim()
             shape[dim] = target.shape[dim]
             if tokens == 1:
                 at = (torch.arange(target.shape[dim]) == places).view(shape)
@@ -494,6 +501,10 @@ def caches(case):
         keys, values = both.chunk(2, order.index(3))
         return keys, values
     keys, values = (side.permute(order).clone(memory_format=torch.contiguous_format) for side in pair)
+    if "one pair" in case.twists and case.write not in ("grow", "functional"):
+        return torch.stack([keys, values]), torch.zeros(0)
+    if "flat heads" in case.twists and case.layout == "BSHD":
+        return keys.flatten(2), values.flatten(2)
     return keys, values
 
 

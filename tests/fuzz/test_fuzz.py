@@ -54,6 +54,7 @@ def test_uniform_sample(number):
     [
         Case(heads=2, groups=2, layout="BSHD", write="slice", read="prefix"),
         Case(heads=2, twists=("returns keys",)),
+        Case(batch=2, heads=2, layout="BSHD", twists=("one pair",)),
     ],
 )
 def test_inductor(case):

@@ -1,0 +1,83 @@
+"""Operations on a handle that torch.compile traces, in one graph."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import decoquant_compile
+from decoquant_compile import CacheTensor, _compat
+from decoquant_compile.kernels.format import Format
+from decoquant_compile.takeover import Claim, take_over
+
+HEADS, SLOTS, CHANNELS = 2, 8, 4
+
+READS = {
+    "unflatten": lambda t: t.unflatten(2, (HEADS, CHANNELS)),
+    "unflatten by keyword": lambda t: t.unflatten(dim=-1, sizes=(HEADS, CHANNELS)),
+    "torch.unflatten": lambda t: torch.unflatten(t, 2, (HEADS, CHANNELS)),
+    "split": lambda t: torch.stack(t.split(CHANNELS, 2), 2),
+    "torch.split": lambda t: torch.stack(torch.split(t, CHANNELS, dim=2), 2),
+    "chunk": lambda t: torch.stack(t.chunk(HEADS, 2), 2),
+    "view": lambda t: t.view(*t.shape[:2], HEADS, CHANNELS),
+    "iterated": lambda t: torch.stack(list(t)).unflatten(2, (HEADS, CHANNELS)),
+    "length": lambda t: t.view(len(t), SLOTS, HEADS, CHANNELS),
+    "property": lambda t: t.mT.mT.view(1, SLOTS, HEADS, CHANNELS),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+@torch.no_grad()
+def test_one_graph(name):
+    def step(cache, positions, new, query):
+        cache.index_copy_(1, positions, new)
+        keys = READS[name](cache).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, keys, keys)
+
+    torch.compiler.reset()
+    cache = torch.zeros(1, SLOTS, HEADS * CHANNELS)
+    twin = cache.clone()
+    in_place = lambda gm, example_inputs, config_patches=None: gm.forward
+    with mock.patch.object(_compat, "compile_fx", in_place), decoquant_compile.enable(bits=16):
+        compiled = torch.compile(step, fullgraph=True)
+        for tokens in (3, 1, 1):
+            call = torch.arange(tokens), torch.randn(1, tokens, HEADS * CHANNELS), torch.randn(1, HEADS, 2, CHANNELS)
+            torch.testing.assert_close(compiled(cache, *call), step(twin, *call))
+            assert type(cache) is CacheTensor
+
+
+POINTWISE = {
+    "1 - t": lambda t: 1 - t,
+    "1 / t": lambda t: 1 / (t + 9) + 1 / t.exp(),
+    "2 ** t": lambda t: 2**t,
+    "5 % t": lambda t: 5 % t,
+    "5 // t": lambda t: 5 // t,
+    "2 * t + 1": lambda t: 2 * t + 1,
+    "t ** 2": lambda t: t**2,
+    "t // 2": lambda t: t // 2,
+    "t % 2": lambda t: t % 2,
+    "x @ t": lambda t: torch.ones(3, SLOTS) @ t,
+}
+
+
+@pytest.mark.filterwarnings("ignore:decoquant_compile:UserWarning")
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", POINTWISE)
+@torch.no_grad()
+def test_arithmetic(name, dynamic):
+    def step(cache, positions, new, query):
+        cache.index_copy_(1, positions, new)
+        keys = cache.unflatten(2, (HEADS, CHANNELS)).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, keys, keys), POINTWISE[name](cache).nan_to_num(0)
+
+    torch.compiler.reset()
+    cache = torch.rand(1, SLOTS, HEADS * CHANNELS) + 0.5
+    take_over([Claim(cache, (0, (), 1, 2), Format("key", 16, 8, torch.float32, 1, 2))], lengths=[None], masks=[None])
+    twin = cache.dense()
+    in_place = lambda gm, example_inputs, config_patches=None: gm.forward
+    with mock.patch.object(_compat, "compile_fx", in_place), decoquant_compile.enable(bits=16):
+        compiled = torch.compile(step, dynamic=dynamic)
+        for tokens in (3, 1, 2):
+            call = torch.arange(tokens), torch.rand(1, tokens, HEADS * CHANNELS), torch.randn(1, HEADS, 2, CHANNELS)
+            torch.testing.assert_close(compiled(cache, *call), step(twin, *call))
