@@ -37,7 +37,7 @@ IDS = prompts(2, sum(CHUNKS))
         pytest.param("llama", "sdpa", False, marks=pytest.mark.slow),
         pytest.param("gemma3", "sdpa", True, marks=pytest.mark.slow),
         pytest.param("mistral", "eager", True, marks=pytest.mark.slow),
-        ("gemma2", "eager", False),
+        pytest.param("gemma2", "eager", False, marks=pytest.mark.slow),
         ("bloom", "eager", False),
     ],
 )
