@@ -395,7 +395,11 @@ def _one_slot(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Pr
 def _pair(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem | None:
     """The same write into both halves of a tensor, as keys and values in one; None if it is no such thing."""
     dim, base = argument(seen, "dim") % len(shape(seen)), plain(argument(seen, "self"))
-    if base.target is not seen.target or shape(seen)[dim] != 2 or plain(argument(base, "self")) is not buffer:
+    if (
+        base.target is not seen.target
+        or plain(argument(base, "self")) is not buffer
+        or not known(shape(seen)[dim] == 2)
+    ):
         return None
     halves: dict[int, CacheWrite] = {}
     for node in (base, seen):

@@ -419,7 +419,7 @@ def _dims(write: CacheWrite) -> Dims | None:
     batch: Group = others[0]
     head: Group = tuple(others[1:])
     if len(others) == 3:
-        pair = next((d for d in others if sizes[d] == 2), None)
+        pair = next((d for d in others if isinstance(sizes[d], int) and sizes[d] == 2), None)
         if pair is None or write.returned or write.partial is not None:
             return None
         first, last = (d for d in others if d != pair)
