@@ -27,6 +27,18 @@ READS = {
 }
 
 
+def compared(step, cache, twin, sizes, **how):
+    """Calls of so many tokens each, compiled over `cache`, that give what they give plainly over `twin`."""
+    torch.compiler.reset()
+    in_place = lambda gm, example_inputs, config_patches=None: gm.forward
+    with mock.patch.object(_compat, "compile_fx", in_place), decoquant_compile.enable(bits=16):
+        compiled = torch.compile(step, **how)
+        for tokens in sizes:
+            call = torch.arange(tokens), torch.rand(1, tokens, HEADS * CHANNELS), torch.randn(1, HEADS, 2, CHANNELS)
+            torch.testing.assert_close(compiled(cache, *call), step(twin, *call))
+            yield tokens
+
+
 @pytest.mark.parametrize("name", READS)
 @torch.no_grad()
 def test_one_graph(name):
@@ -35,16 +47,9 @@ def test_one_graph(name):
         keys = READS[name](cache).transpose(1, 2)
         return F.scaled_dot_product_attention(query, keys, keys)
 
-    torch.compiler.reset()
     cache = torch.zeros(1, SLOTS, HEADS * CHANNELS)
-    twin = cache.clone()
-    in_place = lambda gm, example_inputs, config_patches=None: gm.forward
-    with mock.patch.object(_compat, "compile_fx", in_place), decoquant_compile.enable(bits=16):
-        compiled = torch.compile(step, fullgraph=True)
-        for tokens in (3, 1, 1):
-            call = torch.arange(tokens), torch.randn(1, tokens, HEADS * CHANNELS), torch.randn(1, HEADS, 2, CHANNELS)
-            torch.testing.assert_close(compiled(cache, *call), step(twin, *call))
-            assert type(cache) is CacheTensor
+    for _ in compared(step, cache, cache.clone(), (3, 1, 1), fullgraph=True):
+        assert type(cache) is CacheTensor
 
 
 POINTWISE = {
@@ -71,13 +76,6 @@ def test_arithmetic(name, dynamic):
         keys = cache.unflatten(2, (HEADS, CHANNELS)).transpose(1, 2)
         return F.scaled_dot_product_attention(query, keys, keys), POINTWISE[name](cache).nan_to_num(0)
 
-    torch.compiler.reset()
     cache = torch.rand(1, SLOTS, HEADS * CHANNELS) + 0.5
     take_over([Claim(cache, (0, (), 1, 2), Format("key", 16, 8, torch.float32, 1, 2))], lengths=[None], masks=[None])
-    twin = cache.dense()
-    in_place = lambda gm, example_inputs, config_patches=None: gm.forward
-    with mock.patch.object(_compat, "compile_fx", in_place), decoquant_compile.enable(bits=16):
-        compiled = torch.compile(step, dynamic=dynamic)
-        for tokens in (3, 1, 2):
-            call = torch.arange(tokens), torch.rand(1, tokens, HEADS * CHANNELS), torch.randn(1, HEADS, 2, CHANNELS)
-            torch.testing.assert_close(compiled(cache, *call), step(twin, *call))
+    assert len(list(compared(step, cache, cache.dense(), (3, 1, 2), dynamic=dynamic))) == 3
