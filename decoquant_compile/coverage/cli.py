@@ -1,8 +1,9 @@
 """The command line of the coverage table."""
 
+import contextlib
 import logging
 import pathlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 import click
@@ -28,6 +29,20 @@ def _several(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
         return names
 
     return convert
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' talk and our warnings: the reasons are in the table."""
+    log, theirs = logging.getLogger("decoquant_compile"), transformers.logging.get_verbosity()
+    level = log.level
+    transformers.logging.set_verbosity_error()
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        transformers.logging.set_verbosity(theirs)
 
 
 @click.command(help="Say which attentions of which architectures are rewritten, and why the others are not.")
@@ -59,6 +74,7 @@ def _several(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
     help="Take from the .json of an earlier run what it has of the models asked for; may be given again.",
 )
 @out_option(f"Write the results as {' or '.join(_WRITERS)}", *_WRITERS)
+@_quiet()
 def main(
     only: tuple[str, ...],
     attention: tuple[str, ...],
@@ -71,8 +87,6 @@ def main(
 ) -> None:
     """Measure cell after cell, show the table, write the results."""
     console = Console()
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("decoquant_compile").setLevel(logging.CRITICAL)  # reasons are in the table
     if timed:
         console.print(str(timing.measure()), highlight=False)
         return

@@ -1,9 +1,11 @@
 """Tables of cells that are made up."""
 
 import json
+import logging
 import unittest.mock
 
 import pytest
+import transformers
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -72,6 +74,16 @@ def test_the_whole_way(tmp_path):
     with unittest.mock.patch.object(cli, "measure", side_effect=AssertionError("it is known")):
         assert CliRunner().invoke(cli.main, known).exit_code == 0
     assert "| Ring |" in out[1].read_text()
+
+
+def test_logs_are_left_as_they_were():
+    log = logging.getLogger("decoquant_compile")
+    before = log.level, transformers.logging.get_verbosity()
+    levels = []
+    with unittest.mock.patch.object(cli, "measure", lambda *_: levels.append(log.level) or [CELLS[3]]):
+        assert CliRunner().invoke(cli.main, ["--only", "Ring"]).exit_code == 0
+    assert levels == [logging.CRITICAL]
+    assert (log.level, transformers.logging.get_verbosity()) == before
 
 
 def test_rebuilt_caches_count_apart():
