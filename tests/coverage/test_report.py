@@ -76,14 +76,18 @@ def test_the_whole_way(tmp_path):
     assert "| Ring |" in out[1].read_text()
 
 
-def test_logs_are_left_as_they_were():
-    log = logging.getLogger("decoquant_compile")
-    before = log.level, transformers.logging.get_verbosity()
+def test_logs_are_left_as_they_were(caplog):
+    caplog.set_level(logging.INFO, "decoquant_compile")
+    log, theirs = logging.getLogger("decoquant_compile"), transformers.logging.get_verbosity()
     levels = []
-    with unittest.mock.patch.object(cli, "measure", lambda *_: levels.append(log.level) or [CELLS[3]]):
+
+    def measure(*_):
+        levels.append(log.level)
+        return [CELLS[3]]
+
+    with unittest.mock.patch.object(cli, "measure", measure):
         assert CliRunner().invoke(cli.main, ["--only", "Ring"]).exit_code == 0
-    assert levels == [logging.CRITICAL]
-    assert (log.level, transformers.logging.get_verbosity()) == before
+    assert (levels, log.level, transformers.logging.get_verbosity()) == ([logging.CRITICAL], logging.INFO, theirs)
 
 
 def test_rebuilt_caches_count_apart():
