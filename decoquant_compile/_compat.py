@@ -416,6 +416,10 @@ def is_random(target: object) -> bool:
     return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
+WHILE_LOOP = torch.ops.higher_order.while_loop
+"""Target of a loop: condition and body, both modules, what is carried, what they take besides."""
+
+
 def higher_order_name(target: object) -> str | None:
     """The name of a higher-order operator; None if `target` is none."""
     return target.name() if isinstance(target, HigherOrderOperator) else None

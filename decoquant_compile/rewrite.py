@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from decoquant_compile import _compat
+from decoquant_compile import _compat, blocks
 from decoquant_compile.dims import BHSD, Dims, arranged, is_plain, order, sizes
 from decoquant_compile.kernels import ops
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.normalize import Normal, finish
 from decoquant_compile.patterns.cache import CacheWrite
+from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.match import RebuiltCache, RebuiltSite, Site
 from decoquant_compile.patterns.symbols import Int, known, shape
 
@@ -174,8 +175,10 @@ class _Rewriter:
         sizes = self._sizes(inputs, bound)
         for site in attended:
             self._replace(site, formats[site.key.cache], formats[site.value.cache], stores=site in storing)
+        ends = self._loop([site for site in sites if isinstance(site, RebuiltSite)], formats)
         for cache in rebuilt:
-            self._rebuild(cache, self.states[cache.write.cache], formats[cache.write.cache])
+            write = cache.write
+            self._rebuild(cache, self.states[write.cache], formats[write.cache], ends.get(write.cache))
         for old, new in self.replaced:  # last: one attention may be the operand of another
             old.replace_all_uses_with(new)
             self.graph.erase_node(old)
@@ -309,14 +312,69 @@ class _Rewriter:
             if site.read is not None and not appended:
                 attend(stored)
 
-    def _rebuild(self, cache: RebuiltCache, state: fx.Node, format_: Format) -> None:
+    def _loop(self, sites: Sequence[RebuiltSite], formats: Mapping[fx.Node, Format]) -> dict[fx.Node, fx.Node]:
+        """Let attentions make their keys and values of a block of slots at a time, where they can.
+
+        Returns:
+            The caches that are read so, each with the last node that reads it.
+        """
+        ends: dict[fx.Node, fx.Node] = {}
+        for site in sites:
+            core = site.reject.core
+            if site.expansion is None or core is None:
+                continue
+            with self.graph.inserting_before(core.node):
+                core = replace(core, mask=self._hiding(core, self._size(core.key, 2)), is_causal=False)
+                readers = {c.write.seen: self._reader(c, formats[c.write.cache]) for c in site.caches}
+                result = blocks.attend(self.graph, core, site.expansion, readers)
+                for target, others in core.result:
+                    result = self.graph.call_function(target, (result, *others))
+            self.replaced.append((core.node, result))
+            ends |= {cache.write.cache: result for cache in site.caches}
+        return ends
+
+    def _reader(self, cache: RebuiltCache, format_: Format) -> blocks.Reader:
+        """What reads some slots of a cache as it is after the write: the new tokens exactly."""
+        write, dims = cache.write, cache.dims
+        state = self.states[write.cache]
+        batch, heads, _, _ = self._roles(write.buffer, dims)
+        slots, first = self._room(write, dims)
+        sizes = [blocks.LENGTH if dim == dims[2] else self._size(write.buffer, dim) for dim in order(dims)]
+        new = positions = None
+        if write.writes:
+            new = self._tokens(write, dims)
+            positions, _ = self._placing(write, self._size(new, 2), slots, 0, new)
+
+        def read(body: blocks.Loop, start: fx.Proxy) -> fx.Proxy:
+            arguments = (state, batch, heads, slots, first, blocks.LENGTH, format_.key(), None, start)
+            dense = body.call(ops.dequantise_stretch, *arguments)
+            if new is not None:
+                place = body.proxy(positions) - start
+                beside = (place < 0) | (place >= blocks.LENGTH)
+                padded = body.call(aten.constant_pad_nd.default, dense, [0, 0, 0, 1])
+                dense = padded.index_copy(2, place.masked_fill(beside, blocks.LENGTH), body.proxy(new))
+                dense = dense[:, :, :-1]
+            if not is_plain(dims):
+                dense = body.call(aten.reshape.default, dense, sizes)
+            places = order(dims)
+            return dense.permute([places.index(dim) for dim in range(len(places))])
+
+        return read
+
+    def _rebuild(self, cache: RebuiltCache, state: fx.Node, format_: Format, end: fx.Node | None = None) -> None:
         """Let the graph go on from the cache as it was before the write, rebuilt, and store what it writes.
 
         The graph's own write stays, on the rebuilt tensor: so the new tokens are read exactly, as `attend` reads them.
+
+        Args:
+            cache: the cache.
+            state: its state.
+            format_: of the state.
+            end: the last node that reads the cache, if it does so block by block.
         """
         write, dims = cache.write, cache.dims
         slots, first = self._room(write, dims)
-        dense = None if write.born else self._dense(cache, state, format_, slots, first)
+        dense = end if write.born or end is not None else self._dense(cache, state, format_, slots, first)
         if not write.writes:
             return
         needed = (dense, write.new, write.positions, write.start, write.kept)
@@ -434,8 +492,11 @@ class _Rewriter:
 
     def _mask(self, site: Site, length: Int) -> fx.Node | None:
         """The mask as a tensor: `is_causal` admits column j to row i where j <= i, whatever the lengths."""
-        core = site.core
-        if not core.is_causal or site.read is None:
+        return site.core.mask if site.read is None else self._hiding(site.core, length)
+
+    def _hiding(self, core: AttentionCore, length: Int) -> fx.Node | None:
+        """The mask of an attention over so many keys."""
+        if not core.is_causal:
             return core.mask
         rows = self._arange(0, self._size(core.query, 2), core.query)
         columns = self._arange(0, length, core.query)

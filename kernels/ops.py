@@ -30,8 +30,8 @@ _DEQUANTISE: Final = (
 )
 
 _STRETCH: Final = (
-    "dequantise_stretch_v4(Tensor state, SymInt batch, SymInt heads, SymInt slots, SymInt first, SymInt length,"
-    " str format, Tensor? after=None) -> Tensor"
+    "dequantise_stretch_v5(Tensor state, SymInt batch, SymInt heads, SymInt slots, SymInt first, SymInt length,"
+    " str format, Tensor? after=None, Tensor? start=None) -> Tensor"
 )
 
 
@@ -108,12 +108,24 @@ def _dequantise_fake(
     return state.new_empty((batch, heads, slots, form.head_dim), dtype=form.dtype)
 
 
-def _stretch(state: Tensor, batch: int, heads: int, slots: int, first: int, length: int, *rest: Any) -> Tensor:
-    return dequantise(state, batch, heads, slots, *rest).narrow(2, first, length).contiguous()
+def _stretch(
+    state: Tensor,
+    batch: int,
+    heads: int,
+    slots: int,
+    first: int,
+    length: int,
+    format: str,  # noqa: A002
+    after: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    del after
+    first += 0 if start is None else int(start)
+    return reference.dequantise(state, batch, heads, slots, Format.parse(format), first, length)
 
 
 def _stretch_fake(state: Tensor, batch: int, heads: int, _slots: int, _first: int, length: int, *rest: Any) -> Tensor:
-    return _dequantise_fake(state, batch, heads, length, *rest)
+    return _dequantise_fake(state, batch, heads, length, rest[0])
 
 
 def _native_or(portable: Callable[..., Any], method: str) -> Callable[..., Any]:
@@ -206,14 +218,14 @@ def _register(
 ) -> None:
     """An operator with kernels of its own on CPUs and GPUs."""
     name = _define(schema, portable, fake)
-    _LIBRARY.impl(name, _native_or(portable, name.partition("_")[0]), "CPU")
+    _LIBRARY.impl(name, _native_or(portable, name.rpartition("_")[0]), "CPU")
     _register_cuda(name, portable, serve)
 
 
 _register(_STORE, _store, _store_fake, _store_triton)
 _register(_ATTEND, _attend, _attend_fake, _attend_triton)
 _register(_DEQUANTISE, _dequantise, _dequantise_fake, _dequantise_triton)
-_define(_STRETCH, _stretch, _stretch_fake)
+_LIBRARY.impl(_define(_STRETCH, _stretch, _stretch_fake), _native_or(_stretch, "dequantise_stretch"), "CPU")
 
 store: Final = torch.ops.decoquant.store_v4.default
 """`reference.store` with the format as a key."""
@@ -222,6 +234,7 @@ attend: Final = torch.ops.decoquant.attend_v4.default
 dequantise: Final = torch.ops.decoquant.dequantise_v4.default
 """`reference.dequantise` with the format as a key. `after` is not read: a compiler that reorders cannot rebuild a cache
 before `after` has been computed, while nothing needs it yet."""
-dequantise_stretch: Final = torch.ops.decoquant.dequantise_stretch_v4.default
-"""The slots ``[first, first + length)`` of `dequantise`, contiguous. Nothing is asked of `slots` and `first` when it is
-traced: a graph may take both as numbers that no shape depends on."""
+dequantise_stretch: Final = torch.ops.decoquant.dequantise_stretch_v5.default
+"""The slots ``[first + start, first + start + length)`` of `dequantise`, zeros where there is none; `start` is an int64
+tensor of one element, known when it runs. Nothing is asked of `slots` and `first` when it is traced: a graph may take
+both as numbers that no shape depends on."""

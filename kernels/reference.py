@@ -772,7 +772,9 @@ def attend(
 
 
 @torch.no_grad()
-def dequantise(state: Tensor, batch: int, heads: int, slots: int, form: Format) -> Tensor:
+def dequantise(
+    state: Tensor, batch: int, heads: int, slots: int, form: Format, first: int = 0, length: int | None = None
+) -> Tensor:
     """The dense cache, as attention sees it: sinks and window exactly, never-written slots as zeros.
 
     Args:
@@ -781,13 +783,21 @@ def dequantise(state: Tensor, batch: int, heads: int, slots: int, form: Format) 
         heads: KV heads.
         slots: size of the cache.
         form: format of the state.
+        first: the slot to start from.
+        length: how many slots to take, all by default; what the cache does not have is zeros.
 
     Returns:
-        ``[batch, heads, slots, head_dim]`` in ``form.dtype``.
+        ``[batch, heads, length, head_dim]`` in ``form.dtype``.
+
+    Raises:
+        ValueError: `first` is negative.
     """
-    history = _History(state, form, batch, heads, slots, 0, slots)
+    if first < 0:
+        raise ValueError(f"first must be at least 0, got {first}")
+    length = slots if length is None else length
+    history = _History(state, form, batch, heads, slots, first, length)
     sections = history.sections
-    out = torch.zeros(batch, heads, slots, form.head_dim, dtype=form.dtype, device=state.device)
+    out = torch.zeros(batch, heads, length, form.head_dim, dtype=form.dtype, device=state.device)
     large = torch.finfo(form.dtype).max
     for axis, ring in history.blocks():
         if form.bits == 16:
@@ -799,6 +809,6 @@ def dequantise(state: Tensor, batch: int, heads: int, slots: int, form: Format) 
         tokens = codec.decode(history.entries(ring), gain, parameters).clamp_(-large, large)
         out[:, :, axis] = torch.where((gain >= 0)[..., None], tokens, 0.0).to(form.dtype)
     copies, place = history.copies()
-    row, copy = (place < slots).nonzero(as_tuple=True)
+    row, copy = (place < length).nonzero(as_tuple=True)
     out[row, :, place[row, copy]] = copies[row, :, copy]
     return out

@@ -25,11 +25,11 @@ _KEEPING = {
     *(aten.view_as_complex.default, aten.view_as_real.default),
 }
 _PAIRING = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
-_SHAPED = {
+SHAPED = {
     *(aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like),
     *(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full),
 }
-_NORMS = {aten.layer_norm.default, aten.rms_norm.default}
+NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 
 
@@ -62,7 +62,7 @@ def attentions(
         for user in node.users:
             if (attention := readers.get(user)) is not None and (sides := _sides(node, dim, user)):
                 found |= {(attention, side) for side in sides}
-            elif (to := _follow(node, dim, user)) is not None:
+            elif (to := follow(node, dim, user)) is not None:
                 todo.append((user, to, multiplied or user.target in _PAIRING))
             elif user in readers and _masks(node, dim, user):
                 continue
@@ -73,7 +73,7 @@ def attentions(
 
 def _ignores(node: fx.Node, user: fx.Node) -> bool:
     """Whether a user of `node` does not look at its elements."""
-    if getattr(user.target, "overloadpacket", None) in _SHAPED or user.target is aten.sym_size.int:
+    if getattr(user.target, "overloadpacket", None) in SHAPED or user.target is aten.sym_size.int:
         return True
     return user.target is aten.copy.default and user.args[1] is not node
 
@@ -96,7 +96,7 @@ def _sides(node: fx.Node, dim: int, reader: fx.Node) -> set[Side]:
     return {side for side, tensor in operands.items() if tensor is node}
 
 
-def _follow(node: fx.Node, dim: int, user: fx.Node) -> int | None:
+def follow(node: fx.Node, dim: int, user: fx.Node) -> int | None:
     """The dim of `user` along which the elements of `node` stand that stood along `dim`; None if there is none."""
     target, rank = user.target, len(shape(node))
     if user.op != "call_function":
@@ -149,7 +149,7 @@ def _linear(node: fx.Node, dim: int, user: fx.Node) -> _To:
 def _matmul(node: fx.Node, dim: int, user: fx.Node, first: int = 0) -> _To:
     left, right = user.args[first : first + 2]
     rank, out = len(shape(node)), len(shape(user))
-    if rank < 2 or left is right:
+    if left is right or min(len(shape(left)), len(shape(right))) < 2:
         return None
     summed = rank - 1 if node is left else rank - 2
     if node not in (left, right):
@@ -211,5 +211,5 @@ _RULES: dict[object, Callable[[Any, int, fx.Node], int | None]] = {
     operator.getitem: _item,
     aten.slice.Tensor: _same,
     aten.slice_scatter.default: _same,
-    **dict.fromkeys(_NORMS, _norm),
+    **dict.fromkeys(NORMS, _norm),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Protocol, TypeAlias
@@ -11,8 +11,9 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import fx
 
-from decoquant_compile.patterns import flow
+from decoquant_compile.patterns import blocks, flow
 from decoquant_compile.patterns.attention import anchors, cores, readers
+from decoquant_compile.patterns.blocks import Expansion
 from decoquant_compile.patterns.cache import CacheWrite, parse, parse_returned
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.movement import Repeat, Walk, moves, operand, peel, plain
@@ -102,10 +103,13 @@ class RebuiltSite:
     Attributes:
         reject: the attention, and why it cannot read the packed caches.
         caches: where its keys and values come from; other sites may have the same.
+        expansion: how its keys and values come from what it sees of the caches; None where that takes the whole of them
+            at once. Sites that share a cache have one, or none has.
     """
 
     reject: Reject
     caches: tuple[RebuiltCache, ...]
+    expansion: Expansion | None = None
 
 
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
@@ -257,7 +261,36 @@ class _Matcher:
                 results.append(result)
                 continue
             results.append(RebuiltSite(result, tuple(cache for cache, _ in caches)))
-        return results
+        return self._expand(results)
+
+    def _expand(self, results: list[Site | RebuiltSite | Reject]) -> list[Site | RebuiltSite | Reject]:
+        """Find the sites whose keys and values can be made from a few slots of their caches at a time."""
+        cores = {
+            x.reject.core.node: (x.reject.core, x) for x in results if isinstance(x, RebuiltSite) and x.reject.core
+        }
+        found: dict[fx.Node, Expansion] = {}
+        for node, (core, site) in cores.items():
+            writes = [cache.write for cache in site.caches]
+            if all(map(_is_readable, writes)) and blocks.is_long(core) and _is_even(core):
+                expanded = blocks.expansion(core, {write.seen: write.slot_dim for write in writes})
+                found |= {} if expanded is None else {node: expanded}
+        while found:
+            writes = {cache.write.cache: cache.write for node in found for cache in cores[node][1].caches}.values()
+            kept: list[object] = []
+            for write in writes:
+                kept += [write.new, write.positions, write.start, write.kept] if write.writes else []
+            for node, expanded in found.items():
+                core = cores[node][0]
+                kept += [core.query, core.mask, core.sink, *expanded.others]
+            needed = {n for n, _ in self._needed({w.buffer for w in writes}, {w.cache for w in writes}, kept, found)}
+            for node, (_, site) in cores.items():
+                needed |= set() if node in found else {cache.write.buffer for cache in site.caches}
+            left = {n: e for n, e in found.items() if all(c.write.buffer not in needed for c in cores[n][1].caches)}
+            if len(left) == len(found):
+                break
+            found = left
+        expansions = {id(cores[node][1]): expanded for node, expanded in found.items()}
+        return [replace(x, expansion=expansions[id(x)]) if id(x) in expansions else x for x in results]
 
     def _is_read(self, cache: fx.Node) -> bool:
         """Whether some attention reads the cache after all, so that its reject tells why nobody claimed it."""
@@ -365,7 +398,6 @@ class _Matcher:
         """What still needs a cache tensor once the sites over it are rewritten."""
         sides = (sites[0].key, sites[0].value)
         held = {node for w in sides for node in ((w.seen, w.value) if w.born else (w.buffer,))}
-        ours = {write.cache for write in sides}
         kept: list[object] = []
         for write in sides if sides[0].writes else ():
             kept += [write.new, write.positions, write.start, write.kept, write.offset]
@@ -374,6 +406,21 @@ class _Matcher:
             if site.read is not None:
                 rewritten.add(site.core.node)
                 kept += [site.core.query, site.core.mask, site.core.sink, site.read.first]
+        for node, user in self._needed(held, {write.cache for write in sides}, kept, rewritten):
+            return Problem(Reason.CACHE_VALUE_ESCAPES, f"{node} is still needed by {user}")
+        return None
+
+    def _needed(
+        self, held: Container[fx.Node], ours: Container[fx.Node], kept: Iterable[object], rewritten: Container[fx.Node]
+    ) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """The nodes of `held` that the graph still needs, each with a user, without the writes of the caches `ours`.
+
+        Args:
+            held: nodes that hold a cache.
+            ours: caches whose values nobody takes.
+            kept: what is needed besides the graph's results.
+            rewritten: nodes whose operands are not needed.
+        """
         roots = [*self.outputs, *(value for value, buffer in self.mutations if buffer not in ours)]
         roots = [n for n in roots if n not in ours or not self.writes[n].returned]
         roots += self.impure
@@ -382,13 +429,12 @@ class _Matcher:
         while todo:
             node, user = todo.pop()
             if node in held:
-                return Problem(Reason.CACHE_VALUE_ESCAPES, f"{node} is still needed by {user}")
+                yield node, user
             if node in visited or node.target is aten.sym_size.int:
                 continue
             visited.add(node)
             if node not in rewritten:
                 todo += [(n, node) for n in node.all_input_nodes]
-        return None
 
 
 def _worse(key: object, value: object) -> Problem:
@@ -429,6 +475,24 @@ def _dims(write: CacheWrite) -> Dims | None:
     if write.partial not in (None, batch) or not isinstance(sizes[channel], int):
         return None
     return batch, head, slot, channel
+
+
+def _is_readable(write: CacheWrite) -> bool:
+    """Whether what an attention sees of a cache is its slots before the write and the new tokens in their places."""
+    if write.born or write.partial is not None or write.form in ("roll", "append", "replace"):
+        return False
+    return write.form != "cat" or write.kept != 0
+
+
+def _is_even(core: AttentionCore) -> bool:
+    """Whether queries, keys and values are of one batch, and their heads pair off or repeat a number of times."""
+    query, key, value = shape(core.query), shape(core.key), shape(core.value)
+    same = [(query[0], key[0]), (key[0], value[0]), (key[1], value[1]), (key[2], value[2]), (query[3], key[3])]
+    if not all(known(a == b) for a, b in same):
+        return False
+    heads = query[1], key[1]
+    repeats = core.enable_gqa and all(isinstance(n, int) for n in heads)
+    return known(heads[0] == heads[1]) or (repeats and known(heads[0] % heads[1] == 0))
 
 
 def _same_places(k: CacheWrite, v: CacheWrite) -> bool:

@@ -12,7 +12,9 @@ constexpr int64_t TASK_SLOTS = 256;
 
 class HeadReader {
  public:
-  HeadReader(const Layout& layout, const void* state, int64_t row, int64_t head, void* out)
+  // `out` takes the slots [first, first + length) of every head.
+  HeadReader(const Layout& layout, const void* state, int64_t row, int64_t head, int64_t first, int64_t length,
+             void* out)
       : layout_(layout),
         state_(state),
         row_(row),
@@ -20,12 +22,13 @@ class HeadReader {
         origin_(at<int64_t>(state, layout.header)[ORIGIN]),
         written_(std::min(layout.slots, at<int64_t>(state, layout.header)[END] - origin_)),
         bytes_(layout.head_dim * item_size(layout.dtype)),
-        out_(static_cast<char*>(out) + number() * layout.slots * bytes_) {}
+        first_(first),
+        out_(static_cast<char*>(out) + number() * length * bytes_) {}
 
   // Writes slots [begin, end) to the output.
   void read(const Codebook& book, int64_t begin, int64_t end) const {
     const int64_t count = std::max<int64_t>(0, std::min(end, written_) - begin);
-    memset(out_ + (begin + count) * bytes_, 0, (end - begin - count) * bytes_);
+    memset(place(begin + count), 0, (end - begin - count) * bytes_);
     if (layout_.bits == 16) {
       read_raw(begin, begin + count);
       return;
@@ -38,10 +41,12 @@ class HeadReader {
  private:
   int64_t number() const { return row_ * layout_.heads + head_; }
 
+  char* place(int64_t slot) const { return out_ + (slot - first_) * bytes_; }
+
   void read_raw(int64_t begin, int64_t end) const {
     const char* raw = at<char>(state_, layout_.raw) + number() * layout_.slots * bytes_;
     for (int64_t slot = begin; slot < end; ++slot) {
-      memcpy(out_ + slot * bytes_, raw + (origin_ + slot) % layout_.slots * bytes_, bytes_);
+      memcpy(place(slot), raw + (origin_ + slot) % layout_.slots * bytes_, bytes_);
     }
   }
 
@@ -59,7 +64,7 @@ class HeadReader {
     int64_t current = UNSET;
     for (int64_t slot = begin; slot < end; ++slot) {
       const int64_t ring = (origin_ + slot) % layout_.slots;
-      char* to = out_ + slot * bytes_;
+      char* to = place(slot);
       if (!is_written(gains[ring])) {
         memset(to, 0, bytes_);
         continue;
@@ -80,7 +85,7 @@ class HeadReader {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t slot = labels[i] - origin_;
       if (labels[i] >= origin_ && slot >= begin && slot < end) {
-        memcpy(out_ + slot * bytes_, tokens + (number() * count + i) * bytes_, bytes_);
+        memcpy(place(slot), tokens + (number() * count + i) * bytes_, bytes_);
       }
     }
   }
@@ -88,21 +93,22 @@ class HeadReader {
   const Layout& layout_;
   const void* state_;
   const int64_t row_, head_;
-  const int64_t origin_, written_, bytes_;
+  const int64_t origin_, written_, bytes_, first_;
   char* const out_;
 };
 
 }  // namespace
 
-// Writes the dense cache [batch, heads, slots, head_dim] in its dtype to `out`.
-extern "C" void decoquant_dequantise(const Layout* layout, const void* state, void* out, void* gomp_parallel,
-                                     int64_t threads) {
+// Writes the slots [first, first + length) of the dense cache to `out`, [batch, heads, length, head_dim] in its dtype;
+// zeros where the cache has no such slot.
+extern "C" void decoquant_dequantise(const Layout* layout, const void* state, int64_t first, int64_t length, void* out,
+                                     void* gomp_parallel, int64_t threads) {
   const Codebook book(*layout);
-  const int64_t parts = (layout->slots + TASK_SLOTS - 1) / TASK_SLOTS;
+  const int64_t parts = (length + TASK_SLOTS - 1) / TASK_SLOTS;
   parallel(gomp_parallel, threads, layout->batch * layout->heads * parts, [&](int64_t task) {
     const int64_t head = task / parts, part = task % parts;
-    const HeadReader reader(*layout, state, head / layout->heads, head % layout->heads, out);
-    reader.read(book, part * TASK_SLOTS, std::min(layout->slots, (part + 1) * TASK_SLOTS));
+    const HeadReader reader(*layout, state, head / layout->heads, head % layout->heads, first, length, out);
+    reader.read(book, first + part * TASK_SLOTS, first + std::min(length, (part + 1) * TASK_SLOTS));
   });
 }
 

@@ -181,7 +181,8 @@ class Kernels:
             for function in (library.decoquant_attend, library.decoquant_store)
         )
         address, integer = ctypes.c_void_p, ctypes.c_int64
-        self._dequantise = _function(library.decoquant_dequantise, None, address, address, address, address, integer)
+        places = address, address, integer, integer, address
+        self._dequantise = _function(library.decoquant_dequantise, None, *places, address, integer)
         self._read = _function(library.decoquant_read, ctypes.c_uint64, address, integer, address, integer)
 
     def read(self, buffer: Tensor) -> int:
@@ -199,13 +200,29 @@ class Kernels:
         after: Tensor | None = None,
     ) -> Tensor:
         """`reference.dequantise` with the format as a key."""
+        return self.dequantise_stretch(state, batch, heads, slots, 0, slots, format, after)
+
+    def dequantise_stretch(
+        self,
+        state: Tensor,
+        batch: int,
+        heads: int,
+        slots: int,
+        first: int,
+        length: int,
+        format: str,  # noqa: A002
+        after: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """`reference.dequantise` of a stretch, with the format as a key."""
         del after
+        first += 0 if start is None else int(start)
         bound = bind(format, batch, heads, slots)
-        if state.shape != (bound.nbytes,) or state.dtype != torch.uint8 or not state.is_contiguous():
-            return reference.dequantise(state, batch, heads, slots, bound.form)  # which raises
-        out = torch.empty(batch, heads, slots, bound.form.head_dim, dtype=bound.form.dtype)
-        threads = torch.get_num_threads()
-        self._dequantise(bound.layout, state.data_ptr(), out.data_ptr(), self._gomp_parallel, threads)
+        if state.shape != (bound.nbytes,) or state.dtype != torch.uint8 or not state.is_contiguous() or first < 0:
+            return reference.dequantise(state, batch, heads, slots, bound.form, first, length)  # which raises
+        out = torch.empty(batch, heads, length, bound.form.head_dim, dtype=bound.form.dtype)
+        places = state.data_ptr(), first, length, out.data_ptr()
+        self._dequantise(bound.layout, *places, self._gomp_parallel, torch.get_num_threads())
         return out
 
     def store(

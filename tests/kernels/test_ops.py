@@ -63,14 +63,23 @@ def test_opcheck_attend(bits, dtype):
     torch.library.opcheck(ops.attend, (*attend_args(keys, values, dtype=dtype), torch.zeros(4)))
 
 
-def test_a_stretch_is_a_part_of_the_whole():
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_stretch_is_a_part_of_the_whole(portable):
+    stretch = ops._stretch if portable else ops.dequantise_stretch
     state = state_of("key", 4)
-    whole = ops.dequantise(state.buffer, BATCH, HEADS, SLOTS, state.format.key())
-    arguments = (state.buffer, BATCH, HEADS, SLOTS, 3, 11, state.format.key())
-    part = ops.dequantise_stretch(*arguments)
-    assert torch.equal(part, whole[:, :, 3:14])
-    assert part.is_contiguous()
-    torch.library.opcheck(ops.dequantise_stretch, arguments)
+    whole = reference.dequantise(state.buffer, BATCH, HEADS, SLOTS, state.format)
+    for first, length, start in ((3, 11, None), (0, SLOTS, None), (3, 2, 4), (0, 9, SLOTS - 4), (SLOTS, 2, 1)):
+        at = first + (start or 0)
+        where = None if start is None else torch.tensor([start])
+        arguments = (state.buffer, BATCH, HEADS, SLOTS, first, length, state.format.key(), None, where)
+        part = stretch(*arguments)
+        expected = torch.nn.functional.pad(whole, (0, 0, 0, length))[:, :, min(at, SLOTS) :][:, :, :length]
+        torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)
+        assert part.is_contiguous()
+        if not portable:
+            torch.library.opcheck(ops.dequantise_stretch, arguments)
+    with pytest.raises(ValueError, match="first must be at least 0, got -1"):
+        stretch(state.buffer, BATCH, HEADS, SLOTS, -1, 3, state.format.key())
 
 
 @pytest.mark.parametrize("bits", [16, *codec.CODED_BITS])

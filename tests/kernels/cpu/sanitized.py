@@ -30,6 +30,8 @@ def run(kernels: native.Kernels, seed: int) -> None:
         torch.testing.assert_close(
             got, reference.dequantise(state.buffer, *shape, state.format), rtol=1e-2, atol=1e-2, equal_nan=True
         )
+        first, length = random.randrange(state.slots + 2), random.randrange(1, state.slots + 300)
+        kernels.dequantise_stretch(state.buffer, *shape, first, length, state.format.key())
 
 
 def overrun(kernels: native.Kernels) -> None:
@@ -38,7 +40,7 @@ def overrun(kernels: native.Kernels) -> None:
     buffer = torch.zeros(small.nbytes, dtype=torch.uint8)
     buffer.view(torch.int64)[1] = 65  # END
     out = torch.empty(65 * 64)
-    kernels._dequantise(large.layout, buffer.data_ptr(), out.data_ptr(), 0, 1)
+    kernels._dequantise(large.layout, buffer.data_ptr(), 0, 65, out.data_ptr(), 0, 1)
 
 
 def main() -> None:
