@@ -387,6 +387,13 @@ def size_node(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node:
     return computed.node
 
 
+def symbol_inputs(graph: fx.Graph, value: object) -> list[fx.Node]:
+    """The inputs of a graph that carry the symbols in the sizes of a tensor."""
+    sizes: list[Any] = [n for n in value.shape if isinstance(n, torch.SymInt)] if isinstance(value, Tensor) else []
+    symbols = {symbol for n in sizes for symbol in n.node.expr.free_symbols}
+    return [node for symbol, node in carriers(graph).items() if symbol in symbols]
+
+
 # Operators, as targets of nodes
 
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)

@@ -36,7 +36,7 @@ class Finding:
         keys: where the keys are cached, as Dynamo names it; "" if not cached.
         write: how the cache is written ("index_copy", "roll", ...); "" if not known.
         form: form of the attention ("sdpa", ...); with "rebuilt" where it stays as it is and reads caches that are
-            dequantised in each call.
+            dequantised in each call, as a whole or "in blocks" of slots.
         outcome: "rewritten", or the reason why not.
         detail: more about the outcome.
     """
@@ -60,7 +60,8 @@ class Finding:
             reject = found.reject
             form = f"{reject.core.form}, rebuilt" if reject.core else "rebuilt"
             writes = ", ".join(dict.fromkeys(cache.write.form for cache in found.caches))
-            return cls(reject.where, source, writes, form, "rewritten", f"{detail}: {reject.reason.name}")
+            why = reject.reason.name if found.expansion is None else f"{reject.reason.name}, in blocks"
+            return cls(reject.where, source, writes, form, "rewritten", f"{detail}: {why}")
         if isinstance(found, Site):
             form = found.core.form if found.read else f"{found.core.form}, own tokens only"
             return cls(found.core.node.name, source, found.key.form, form, "rewritten", detail)

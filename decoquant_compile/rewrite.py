@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from decoquant_compile import _compat, blocks
+from decoquant_compile import _compat, loop
 from decoquant_compile.dims import BHSD, Dims, arranged, is_plain, order, sizes
 from decoquant_compile.kernels import ops
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.normalize import Normal, finish
+from decoquant_compile.patterns import blocks
 from decoquant_compile.patterns.cache import CacheWrite
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.match import RebuiltCache, RebuiltSite, Site
@@ -326,29 +327,30 @@ class _Rewriter:
             with self.graph.inserting_before(core.node):
                 core = replace(core, mask=self._hiding(core, self._size(core.key, 2)), is_causal=False)
                 readers = {c.write.seen: self._reader(c, formats[c.write.cache]) for c in site.caches}
-                result = blocks.attend(self.graph, core, site.expansion, readers)
+                result = loop.attend(self.graph, core, site.expansion, readers)
                 for target, others in core.result:
                     result = self.graph.call_function(target, (result, *others))
             self.replaced.append((core.node, result))
             ends |= {cache.write.cache: result for cache in site.caches}
         return ends
 
-    def _reader(self, cache: RebuiltCache, format_: Format) -> blocks.Reader:
+    def _reader(self, cache: RebuiltCache, format_: Format) -> loop.Reader:
         """What reads some slots of a cache as it is after the write: the new tokens exactly."""
         write, dims = cache.write, cache.dims
         state = self.states[write.cache]
         batch, heads, _, _ = self._roles(write.buffer, dims)
         slots, first = self._room(write, dims)
         sizes = [blocks.LENGTH if dim == dims[2] else self._size(write.buffer, dim) for dim in order(dims)]
-        new = positions = None
+        new: fx.Node | None = None
+        positions: fx.Node | None = None
         if write.writes:
             new = self._tokens(write, dims)
             positions, _ = self._placing(write, self._size(new, 2), slots, 0, new)
 
-        def read(body: blocks.Loop, start: fx.Proxy) -> fx.Proxy:
+        def read(body: loop.Part, start: loop.Recorded) -> loop.Recorded:
             arguments = (state, batch, heads, slots, first, blocks.LENGTH, format_.key(), None, start)
             dense = body.call(ops.dequantise_stretch, *arguments)
-            if new is not None:
+            if new is not None and positions is not None:
                 place = body.proxy(positions) - start
                 beside = (place < 0) | (place >= blocks.LENGTH)
                 padded = body.call(aten.constant_pad_nd.default, dense, [0, 0, 0, 1])

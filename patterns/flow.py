@@ -149,6 +149,8 @@ def _linear(node: fx.Node, dim: int, user: fx.Node) -> _To:
 def _matmul(node: fx.Node, dim: int, user: fx.Node, first: int = 0) -> _To:
     left, right = user.args[first : first + 2]
     rank, out = len(shape(node)), len(shape(user))
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
     if left is right or min(len(shape(left)), len(shape(right))) < 2:
         return None
     summed = rank - 1 if node is left else rank - 2

@@ -275,7 +275,7 @@ class _Matcher:
                 expanded = blocks.expansion(core, {write.seen: write.slot_dim for write in writes})
                 found |= {} if expanded is None else {node: expanded}
         while found:
-            writes = {cache.write.cache: cache.write for node in found for cache in cores[node][1].caches}.values()
+            writes = list({c.write.cache: c.write for node in found for c in cores[node][1].caches}.values())
             kept: list[object] = []
             for write in writes:
                 kept += [write.new, write.positions, write.start, write.kept] if write.writes else []
@@ -289,8 +289,10 @@ class _Matcher:
             if len(left) == len(found):
                 break
             found = left
-        expansions = {id(cores[node][1]): expanded for node, expanded in found.items()}
-        return [replace(x, expansion=expansions[id(x)]) if id(x) in expansions else x for x in results]
+        expanded_sites = {
+            id(site): replace(site, expansion=found[node]) for node, (_, site) in cores.items() if node in found
+        }
+        return [expanded_sites.get(id(x), x) for x in results]
 
     def _is_read(self, cache: fx.Node) -> bool:
         """Whether some attention reads the cache after all, so that its reject tells why nobody claimed it."""
@@ -490,9 +492,9 @@ def _is_even(core: AttentionCore) -> bool:
     same = [(query[0], key[0]), (key[0], value[0]), (key[1], value[1]), (key[2], value[2]), (query[3], key[3])]
     if not all(known(a == b) for a, b in same):
         return False
-    heads = query[1], key[1]
-    repeats = core.enable_gqa and all(isinstance(n, int) for n in heads)
-    return known(heads[0] == heads[1]) or (repeats and known(heads[0] % heads[1] == 0))
+    heads, own = query[1], key[1]
+    repeats = core.enable_gqa and isinstance(heads, int) and isinstance(own, int) and heads % own == 0
+    return repeats or known(heads == own)
 
 
 def _same_places(k: CacheWrite, v: CacheWrite) -> bool:

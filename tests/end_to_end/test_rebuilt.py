@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 import decoquant_compile
 from decoquant_compile.coverage.idioms import HEAD_DIM, LAYERS, Decoder, Handwritten, Idiom
+from decoquant_compile.patterns import blocks
 from tests.end_to_end import models
 from tests.end_to_end.harness import (
     NOISE,
@@ -57,6 +58,20 @@ def tiled_heads(layer, q, keys, values, mask):
     return F.scaled_dot_product_attention(q, keys, values, mask)
 
 
+@pytest.fixture
+def whole(request, monkeypatch):
+    """Whether caches are rebuilt as a whole; otherwise, where keys and values allow it, 16 slots at a time."""
+    if not request.param:
+        monkeypatch.setattr(blocks, "LENGTH", 16)
+    return request.param
+
+
+def assert_in_blocks(session, whole):
+    """What is rebuilt by blocks says so, and is."""
+    details = {finding.detail.endswith("in blocks") for finding in session.report().findings}
+    assert details == {not whole}
+
+
 READS = [rotary_after_the_cache, latent, weights_are_used_twice, sink, tiled_heads]
 
 
@@ -64,9 +79,13 @@ def forms(session):
     return {finding.form for finding in session.report().findings}
 
 
-@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize(
+    ("read", "whole"),
+    [*((read, True) for read in READS), (rotary_after_the_cache, False), (latent, False)],
+    indirect=["whole"],
+)
 @torch.no_grad()
-def test_at_16_bits_it_is_the_dense_model(read):
+def test_at_16_bits_it_is_the_dense_model(read, whole):
     model = CacheModel(read)
     twin = copy.deepcopy(model)
     with packing(bits=16) as session:
@@ -75,11 +94,16 @@ def test_at_16_bits_it_is_the_dense_model(read):
             assert distance(forward(*call), twin(*call)) < NOISE
         assert_packed(model.caches)
     assert all(form.endswith("rebuilt") for form in forms(session))
+    assert_in_blocks(session, whole or read in (weights_are_used_twice, sink))
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2)])
+@pytest.mark.parametrize(
+    ("order", "whole"),
+    [((0, 1, 2, 3), True), ((0, 2, 1, 3), False), ((2, 0, 1, 3), True), ((2, 0, 1, 3), False), ((0, 1, 3, 2), False)],
+    indirect=["whole"],
+)
 @torch.no_grad()
-def test_it_is_the_dense_model_over_the_cache_that_the_handles_show(order):
+def test_it_is_the_dense_model_over_the_cache_that_the_handles_show(order, whole):
     """The call's own tokens are read exactly: the twin writes them again."""
     model = CacheModel(rotary_after_the_cache, order=order)
     with packing(bits=3, **SMALL) as session:
@@ -89,15 +113,18 @@ def test_it_is_the_dense_model_over_the_cache_that_the_handles_show(order):
             assert distance(forward(*call), before(*call)) < noise(3)
         assert_packed(model.caches)
     assert forms(session) == {"sdpa, rebuilt"}
+    assert_in_blocks(session, whole)
 
 
 @pytest.mark.parametrize(
-    ("attention", "bits"), [("sdpa", 16), pytest.param("eager", 16, marks=pytest.mark.slow), ("sdpa", 4)]
+    ("attention", "bits", "whole"),
+    [("sdpa", 16, True), pytest.param("eager", 16, False, marks=pytest.mark.slow), ("sdpa", 4, False)],
+    indirect=["whole"],
 )
 @torch.no_grad()
-def test_latent_attention_of_hugging_face(attention, bits):
+def test_latent_attention_of_hugging_face(attention, bits, whole):
     model, ids = hugging_face("deepseek_v3", attention), prompts(1, 9 + sum(CHUNKS))
-    with packing(bits=bits, **SMALL):
+    with packing(bits=bits, **SMALL) as session:
         forward, cache = torch.compile(model.forward), static_cache(model, early=False)
         model(input_ids=ids[:, :9], past_key_values=cache)
         twin = copy.deepcopy(cache)
@@ -108,13 +135,15 @@ def test_latent_attention_of_hugging_face(attention, bits):
                 assert distance(got, expected) < noise(bits), number
             twin = twin if bits == 16 else shown(cache)
         assert_packed(tensors(cache))
+    assert_in_blocks(session, whole)
 
 
 @pytest.mark.parametrize(
     ("attention", "bits"), [("sdpa", 16), pytest.param("eager", 16, marks=pytest.mark.slow), ("sdpa", 4)]
 )
 @torch.no_grad()
-def test_latent_attention_over_growing_caches(attention, bits):
+def test_latent_attention_over_growing_caches(attention, bits, monkeypatch):
+    monkeypatch.setattr(blocks, "LENGTH", 16)
     model = hugging_face("deepseek_v3", attention)
     chunks = [20, *[1] * 8, 5, *[1] * 12]
     ids = prompts(1, sum(chunks))
@@ -229,11 +258,31 @@ def test_one_layer_is_dense_at_a_time(monkeypatch):
     assert peaks[1] - peaks[0] < 3 * layer / 2
 
 
+@torch.no_grad()
+def test_a_block_is_dense_at_a_time(monkeypatch):
+    """What a call takes does not grow with the cache: keys and values of all slots would."""
+    peaks = []
+    for slots in (4096, 16384):
+        monkeypatch.setattr(models, "SLOTS", slots)
+        model = CacheModel(latent)
+        with packing(bits=4, **SMALL) as session:
+            forward = torch.compile(model.forward)
+            for at in (0, 1, slots - 2):
+                forward(prompts(1, 1), torch.tensor([at]))
+            peaks.append(peak(lambda: forward(prompts(1, 1), torch.tensor([slots - 1]))))  # noqa: B023
+            assert_packed(model.caches)
+        assert_in_blocks(session, whole=False)
+    dense = HEADS * (16384 - 4096) * CHANNELS * 4
+    assert peaks[1] - peaks[0] < dense / 8
+
+
 @pytest.mark.parametrize(
-    ("idiom", "bits"), [("Stacked", 16), ("Stacked", 4), ("Paired", 4), ("FlatHeads", 4), ("Latent", 16), ("Latent", 4)]
+    ("idiom", "bits", "whole"),
+    [("Stacked", 16, True), ("Stacked", 4, False), ("Paired", 4, False), ("FlatHeads", 4, True), ("Latent", 4, False)],
+    indirect=["whole"],
 )
 @torch.no_grad()
-def test_caches_of_three_and_five_dims(idiom, bits):
+def test_caches_of_three_and_five_dims(idiom, bits, whole):
     subject, chunks = Handwritten(idiom), [7, 1, 5, 1, 1]
     twin, cache = copy.deepcopy(subject), subject.cache("own")
     with packing(bits=bits, sinks=1, window=2) as session:
@@ -245,6 +294,7 @@ def test_caches_of_three_and_five_dims(idiom, bits):
             assert distance(got, twin.step(twin.model, before, ids)) < noise(bits)
         assert_packed([buffer for name, buffer in subject.model.named_buffers() if name != "mask"])
     assert all(form.endswith("rebuilt") for form in forms(session))
+    assert_in_blocks(session, whole)
 
 
 class FlatGrowing(Idiom):
@@ -259,9 +309,9 @@ class FlatGrowing(Idiom):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2), cache
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(("bits", "whole"), [(16, True), (4, False)], indirect=["whole"])
 @torch.no_grad()
-def test_growing_caches_of_three_dims(bits):
+def test_growing_caches_of_three_dims(bits, whole):
     model, caches, at = Decoder(FlatGrowing), [None] * LAYERS, 0
     with decoquant_compile.enable(bits=bits, sinks=1, window=2):
         forward = torch.compile(model)

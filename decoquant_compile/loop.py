@@ -12,19 +12,23 @@ from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 
 from decoquant_compile import _compat
-from decoquant_compile.patterns.blocks import LENGTH, RESIZED, Expansion
+from decoquant_compile.patterns import blocks
+from decoquant_compile.patterns.blocks import RESIZED, Expansion
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.movement import REGROUPING, operand
 from decoquant_compile.patterns.symbols import shape
 
 aten = torch.ops.aten
 
+Recorded: TypeAlias = Any
+"""A `fx.Proxy`: a node that records what is done with it. Type checkers do not know its operators."""
+
 _CARRIED: Final = 4
 """Tensors that go from turn to turn: the number of the turn, the greatest logit, the sum of weights, that of values."""
 
 
-class Loop:
-    """A graph within a graph, under construction: the condition or the body of a loop.
+class Part:
+    """A part of a loop, its condition or its body, under construction: a graph of its own.
 
     Args:
         captured: nodes of the graph around that it takes; shared by both, and added to.
@@ -37,20 +41,28 @@ class Loop:
         self._inputs: dict[fx.Node, fx.Node] = {}
         self.carried = [self.proxy(self._graph.placeholder(f"carried_{i}")) for i in range(_CARRIED)]
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
+    def proxy(self, node: fx.Node) -> Recorded:
         """What records what is done with a node, of either graph."""
         return fx.Proxy(node if node.graph is self._graph else self._take(node), self._tracer)
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Proxy:
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Recorded:
         """Call an operator on proxies, on nodes of either graph and on constants."""
-        args, kwargs = fx.map_arg(map_aggregate((args, kwargs), _node), self.proxy)
+        given: Any = map_aggregate((args, kwargs), _node)
+        args, kwargs = map_aggregate(given, lambda x: self.proxy(x) if isinstance(x, fx.Node) else x)
         return self._tracer.create_proxy("call_function", target, args, kwargs)
 
     def _take(self, node: fx.Node) -> fx.Node:
+        if node in self._inputs:
+            return self._inputs[node]
+        if _is_number(node) and node.op != "placeholder":
+            # Inductor knows the symbols among the inputs of a loop, not those of which an input is computed.
+            if "val" not in node.meta:
+                return self._graph.node_copy(node, self._take)
+            size = _compat.size_node(node.graph, node.meta["val"])
+            return self._take(size) if isinstance(size, fx.Node) else self._graph.call_function(operator.index, (size,))
         self._captured.setdefault(node)
-        if node not in self._inputs:
-            with self._graph.inserting_after(self._graph.find_nodes(op="placeholder")[-1]):
-                self._inputs[node] = self._graph.placeholder(f"taken_{node.name}")
+        with self._graph.inserting_after(self._graph.find_nodes(op="placeholder")[-1]):
+            self._inputs[node] = self._graph.placeholder(f"taken_{node.name}")
         return self._inputs[node]
 
     def finish(self, result: Any) -> fx.GraphModule:
@@ -65,12 +77,20 @@ class Loop:
         return fx.GraphModule({}, self._graph)
 
 
+def _is_number(node: fx.Node) -> bool:
+    """Whether a node is a size, or computed from sizes."""
+    if "val" in node.meta:
+        return isinstance(node.meta["val"], torch.SymInt)
+    computed = node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)
+    return computed and bool(node.all_input_nodes) and all(map(_is_number, node.all_input_nodes))
+
+
 def _node(x: Any) -> Any:
     return x.node if isinstance(x, fx.Proxy) else x
 
 
-Reader: TypeAlias = Callable[[Loop, fx.Proxy], fx.Proxy]
-"""Reads `LENGTH` slots of a cache in the body of a loop, from a slot on (int64 of one element), in the cache's dims."""
+Reader: TypeAlias = Callable[[Part, Recorded], Recorded]
+"""Reads `blocks.LENGTH` slots of a cache in the body of a loop, from a slot on (int64 scalar), in the cache's dims."""
 
 
 def attend(graph: fx.Graph, core: AttentionCore, expansion: Expansion, readers: Mapping[fx.Node, Reader]) -> fx.Node:
@@ -89,7 +109,7 @@ def attend(graph: fx.Graph, core: AttentionCore, expansion: Expansion, readers: 
         Its result, ``[batch, query heads, queries, value channels]`` in the query's dtype.
     """
     outer = GraphAppendingTracer(graph)
-    query = fx.Proxy(core.query, outer)
+    query: Recorded = fx.Proxy(core.query, outer)
 
     def size(node: fx.Node, dim: int) -> Any:
         number = _compat.size_node(graph, shape(node)[dim])
@@ -106,16 +126,17 @@ def attend(graph: fx.Graph, core: AttentionCore, expansion: Expansion, readers: 
     start = query.new_zeros((), dtype=torch.int64), top, total, query.new_zeros((*rows, channels), **wide)
     end = keys
     if core.mask is not None:
-        mask = fx.Proxy(core.mask, outer)
+        mask: Recorded = fx.Proxy(core.mask, outer)
         shown = mask if core.mask.meta["val"].dtype == torch.bool else mask != -torch.inf
         shown = shown.reshape(-1, keys).any(0)
         end = (shown * query.new_ones(keys, dtype=torch.int64).cumsum(0)).amax(0)
 
     captured: dict[fx.Node, None] = {}
-    condition, body = Loop(captured), Loop(captured)
-    going = condition.call(operator.lt, condition.carried[0] * LENGTH, end)
+    condition, body = Part(captured), Part(captured)
+    going = condition.call(operator.lt, condition.carried[0] * blocks.LENGTH, end)
     turned = _turn(graph, body, core, expansion, readers, keys)
-    # The body first: it captures what the condition has to take, too.
+    for node in [core.query, *captured]:
+        captured |= dict.fromkeys(_compat.symbol_inputs(graph, node.meta.get("val")))
     modules = {"body": body.finish(turned)}
     modules["condition"] = condition.finish(going)
     attributes = []
@@ -123,11 +144,12 @@ def attend(graph: fx.Graph, core: AttentionCore, expansion: Expansion, readers: 
         name = f"decoquant_{kind}_{core.node.name}"
         setattr(graph.owning_module, name, modules[kind])
         attributes.append(graph.get_attr(name))
-    arguments = (*attributes, tuple(x.node for x in start), _apart(graph, captured))
-    looped = fx.Proxy(graph.call_function(_compat.WHILE_LOOP, arguments), outer)
+    arguments: Any = (*attributes, tuple(x.node for x in start), _apart(graph, captured))
+    looped: Recorded = fx.Proxy(graph.call_function(_compat.WHILE_LOOP, arguments), outer)
     total, weighted = looped[2], looped[3]
-    result: fx.Proxy = (weighted / total.masked_fill(total == 0, 1)).to(core.query.meta["val"].dtype)
-    return result.node
+    result = (weighted / total.masked_fill(total == 0, 1)).to(core.query.meta["val"].dtype)
+    attended: fx.Node = result.node
+    return attended
 
 
 def _apart(graph: fx.Graph, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
@@ -144,17 +166,17 @@ def _apart(graph: fx.Graph, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
 
 def _turn(
     graph: fx.Graph,
-    body: Loop,
+    body: Part,
     core: AttentionCore,
     expansion: Expansion,
     readers: Mapping[fx.Node, Reader],
     keys: Any,
-) -> tuple[fx.Proxy, ...]:
+) -> tuple[Recorded, ...]:
     """One turn of the loop: what is carried after it."""
     turn, top, total, weighted = body.carried
     device = core.query.meta["val"].device
-    first = turn * LENGTH
-    column = first + body.call(aten.arange.default, LENGTH, device=device)
+    first = turn * blocks.LENGTH
+    column = first + body.call(aten.arange.default, blocks.LENGTH, device=device)
     hidden = body.call(operator.ge, column, keys)
     place = column.masked_fill(hidden, 0)
     made = {seen: readers[seen](body, first) for seen in expansion.seen}
@@ -183,11 +205,11 @@ def _turn(
     return turn + 1, highest, total, weighted * left + weights @ value
 
 
-def _expand(graph: fx.Graph, body: Loop, expansion: Expansion, made: dict[fx.Node, fx.Proxy], place: fx.Proxy) -> None:
+def _expand(graph: fx.Graph, body: Part, expansion: Expansion, made: dict[fx.Node, Recorded], place: Recorded) -> None:
     """Compute the nodes of an expansion for some slots; `made` has those of the caches, and gets them."""
 
     def sizes(node: fx.Node, slots: int) -> list[Any]:
-        return [LENGTH if d == slots else _compat.size_node(graph, n) for d, n in enumerate(shape(node))]
+        return [blocks.LENGTH if d == slots else _compat.size_node(graph, n) for d, n in enumerate(shape(node))]
 
     for other, dim in expansion.along.items():
         if other in expansion.empty:
@@ -204,5 +226,6 @@ def _expand(graph: fx.Graph, body: Loop, expansion: Expansion, made: dict[fx.Nod
             target = aten.reshape.default if node.target in REGROUPING else aten.expand.default
             made[node] = body.call(target, made[operand(node)], sizes(node, dim)).to(node.meta["val"].dtype)
         else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: made.get(n, n))
+            given: Any = (node.args, node.kwargs)
+            args, kwargs = map_aggregate(given, lambda x: made.get(x, x) if isinstance(x, fx.Node) else x)
             made[node] = body.call(node.target, *args, **kwargs)
