@@ -22,6 +22,7 @@ from torch._dynamo.cache_size import compute_cache_size
 from torch._dynamo.exc import RestartAnalysis, SkipFrame, TensorifyScalarRestartAnalysis, UserError, UserErrorType
 from torch._dynamo.source import SyntheticLocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
+from torch._dynamo.utils import counters as dynamo_counters
 from torch._functorch._aot_autograd import functional_utils
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor import compile_fx as inductor
@@ -385,6 +386,11 @@ def size_node(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node:
     symbols = {symbol: fx.Proxy(inputs[symbol], tracer) for symbol in expr.free_symbols}
     computed: fx.Proxy = sympy_interp(PythonReferenceAnalysis, symbols, expr)
     return computed.node
+
+
+def graph_breaks() -> Counter[str]:
+    """Why Dynamo has ended graphs before the end of their frames, in this process, and how often."""
+    return Counter(dynamo_counters["graph_break"])
 
 
 def symbol_inputs(graph: fx.Graph, value: object) -> list[fx.Node]:

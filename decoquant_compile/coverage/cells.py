@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
@@ -182,19 +182,21 @@ def measure(
         yield from cells
         return
     torch.compiler.reset()
-    matcher = Matcher()
+    matcher, before = Matcher(), _compat.graph_breaks()
     compiled = torch.compile(subject.model.forward, backend=matcher)
     with torch.no_grad(), _compat.dynamo_limits(_ENTRIES), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the library's
         for cell in cells:
-            _measure(subject, compiled, matcher, cell)
+            _measure(subject, compiled, matcher, cell, before)
             yield cell
     for cell in cells if bits else ():
         if not cell.refused and cell.rewritten:
             cell.checks = {b: check(subject, cell, b) for b in bits}
 
 
-def _measure(subject: Subject, compiled: Callable[..., Any], matcher: Matcher, cell: Cell) -> None:
+def _measure(
+    subject: Subject, compiled: Callable[..., Any], matcher: Matcher, cell: Cell, before: Counter[str]
+) -> None:
     try:
         # Outside of torch.compile flex_attention compiles itself, for every shape: minutes.
         if cell.attention != "flex":
@@ -207,7 +209,7 @@ def _measure(subject: Subject, compiled: Callable[..., Any], matcher: Matcher, c
         matcher.ran.clear()
         for tokens, held in _calls(subject, compiled, cell):
             ran, matcher.ran = matcher.ran, []
-            cell.attentions += _attentions(ran, seen, tokens, held)
+            cell.attentions += _attentions(ran, seen, tokens, held, _compat.graph_breaks() - before)
     except Exception as error:  # noqa: BLE001
         torch.compiler.reset()
         try:
@@ -218,8 +220,18 @@ def _measure(subject: Subject, compiled: Callable[..., Any], matcher: Matcher, c
             cell.attentions.append(Attention("", "", "ERROR", one_line(error)))
 
 
-def _attentions(ran: Sequence[tuple[GraphReport, int]], seen: set[int], tokens: int, held: int) -> Iterator[Attention]:
-    """The attentions of a call, but for those of graphs that were seen before."""
+def _attentions(
+    ran: Sequence[tuple[GraphReport, int]], seen: set[int], tokens: int, held: int, breaks: Collection[str] = ()
+) -> Iterator[Attention]:
+    """The attentions of a call, but for those of graphs that were seen before.
+
+    Args:
+        ran: the graphs that ran, each with the number of its packed caches.
+        seen: graphs of earlier calls; added to.
+        tokens: of the call.
+        held: layers with a cache.
+        breaks: why Dynamo has ended graphs of the model within a frame.
+    """
     hidden = False
     for graph, _ in ran:
         unread = graph.untouched in (Untouched.UNSUPPORTED, Untouched.INTERNAL_ERROR, Untouched.GRADIENTS)
@@ -234,9 +246,12 @@ def _attentions(ran: Sequence[tuple[GraphReport, int]], seen: set[int], tokens: 
     found = sum(max(len(graph.findings), packed_caches) for graph, packed_caches in ran)  # one may read two caches
     if found < held and not hidden:
         detail = f"{found} attentions for {held} caches in a call of {tokens} tokens"
-        # A softmax without its products: Dynamo has ended a graph inside the attention.
+        # A softmax without its products: Dynamo has ended a graph inside the attention. No softmax in any graph: it has
+        # left the attention to Python.
         cut = len(ran) > 1 and any(g.untouched is Untouched.NO_SITE and not g.findings for g, _ in ran)
-        yield Attention("", "", "GRAPH_BREAK" if cut else "UNSEEN", detail)
+        left = bool(breaks) and all(g.untouched is Untouched.NO_ATTENTION for g, _ in ran)
+        why = f"; {' '.join(min(breaks).split())[:160]}" if left else ""
+        yield Attention("", "", "GRAPH_BREAK" if cut or left else "UNSEEN", detail + why)
 
 
 def _calls(subject: Subject, forward: Callable[..., Any], cell: Cell) -> Iterator[tuple[int, int]]:

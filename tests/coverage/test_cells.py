@@ -43,14 +43,17 @@ def test_a_missed_attention_is_no_success(monkeypatch):
 
 
 def test_an_attention_that_dynamo_cuts_is_named():
-    def outcomes(*reports):
-        found = coverage_cells._attentions([(report, 0) for report in reports], set(), 1, 2)
+    def outcomes(*reports, breaks=()):
+        found = coverage_cells._attentions([(report, 0) for report in reports], set(), 1, 2, breaks)
         return [attention.outcome for attention in found]
 
     softmax_alone = GraphReport("0/0", untouched=Untouched.NO_SITE)
     nothing = GraphReport("1/0", untouched=Untouched.NO_ATTENTION)
     assert outcomes(nothing, softmax_alone) == ["GRAPH_BREAK"]
     assert outcomes(softmax_alone) == outcomes(nothing, nothing) == ["UNSEEN"]
+    assert outcomes(nothing, breaks=["Tensor.item()"]) == ["GRAPH_BREAK"]
+    rejected = GraphReport("2/0", untouched=Untouched.UNSUPPORTED)
+    assert outcomes(nothing, rejected, breaks=["Tensor.item()"]) != ["GRAPH_BREAK"]
 
 
 def test_an_architecture():
