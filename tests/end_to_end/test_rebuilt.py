@@ -139,7 +139,8 @@ def test_latent_attention_of_hugging_face(attention, bits, whole):
 
 
 @pytest.mark.parametrize(
-    ("attention", "bits"), [("sdpa", 16), pytest.param("eager", 16, marks=pytest.mark.slow), ("sdpa", 4)]
+    ("attention", "bits"),
+    [*(pytest.param(name, 16, marks=pytest.mark.slow) for name in ("sdpa", "eager")), ("sdpa", 4)],
 )
 @torch.no_grad()
 def test_latent_attention_over_growing_caches(attention, bits, monkeypatch):
@@ -278,7 +279,7 @@ def test_a_block_is_dense_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize(
     ("idiom", "bits", "whole"),
-    [("Stacked", 16, True), ("Stacked", 4, False), ("Paired", 4, False), ("FlatHeads", 4, True), ("Latent", 4, False)],
+    [("Stacked", 16, True), ("Stacked", 4, False), ("Paired", 4, True), ("FlatHeads", 4, True), ("Latent", 4, True)],
     indirect=["whole"],
 )
 @torch.no_grad()
@@ -309,7 +310,9 @@ class FlatGrowing(Idiom):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2), cache
 
 
-@pytest.mark.parametrize(("bits", "whole"), [(16, True), (4, False)], indirect=["whole"])
+@pytest.mark.parametrize(
+    ("bits", "whole"), [pytest.param(16, True, marks=pytest.mark.slow), (4, False)], indirect=["whole"]
+)
 @torch.no_grad()
 def test_growing_caches_of_three_dims(bits, whole):
     model, caches, at = Decoder(FlatGrowing), [None] * LAYERS, 0
