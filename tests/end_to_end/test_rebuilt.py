@@ -266,7 +266,7 @@ def test_a_block_is_dense_at_a_time(monkeypatch):
     for slots in (4096, 16384):
         monkeypatch.setattr(models, "SLOTS", slots)
         model = CacheModel(latent)
-        with packing(bits=4, **SMALL) as session:
+        with packing(inductor={}, bits=4, **SMALL) as session:
             forward = torch.compile(model.forward)
             for at in (0, 1, slots - 2):
                 forward(prompts(1, 1), torch.tensor([at]))
