@@ -124,6 +124,23 @@ def _stretch(
     return reference.dequantise(state, batch, heads, slots, Format.parse(format), first, length)
 
 
+def _stretch_cuda(
+    state: Tensor,
+    batch: int,
+    heads: int,
+    slots: int,
+    first: int,
+    length: int,
+    format: str,  # noqa: A002
+    after: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    launches, form = triton.launches(), Format.parse(format)
+    if launches is None or form.head_dim > launches.HEAD_DIM_MAX:
+        return _stretch(state, batch, heads, slots, first, length, format, after, start)
+    return launches.dequantise(state, batch, heads, slots, form, first, length, start, wrap=lambda kernel: kernel)
+
+
 def _stretch_fake(state: Tensor, batch: int, heads: int, _slots: int, _first: int, length: int, *rest: Any) -> Tensor:
     return _dequantise_fake(state, batch, heads, length, rest[0])
 
@@ -225,7 +242,9 @@ def _register(
 _register(_STORE, _store, _store_fake, _store_triton)
 _register(_ATTEND, _attend, _attend_fake, _attend_triton)
 _register(_DEQUANTISE, _dequantise, _dequantise_fake, _dequantise_triton)
-_LIBRARY.impl(_define(_STRETCH, _stretch, _stretch_fake), _native_or(_stretch, "dequantise_stretch"), "CPU")
+_define(_STRETCH, _stretch, _stretch_fake)
+_LIBRARY.impl("dequantise_stretch_v5", _native_or(_stretch, "dequantise_stretch"), "CPU")
+_LIBRARY.impl("dequantise_stretch_v5", _stretch_cuda, "CUDA")
 
 store: Final = torch.ops.decoquant.store_v4.default
 """`reference.store` with the format as a key."""

@@ -923,18 +923,24 @@ def combine(
 
 @triton.jit
 def dequantise(
-    STATE, OUT, heads, slots, capacity, sets,
+    STATE, OUT, START, first, length, heads, slots, capacity, sets,
     raw, codes, high, gains, epochs, means, scales, sinks, sink_positions, window, window_positions,
-    D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
-    SINKS: tl.constexpr, WINDOW: tl.constexpr, KEY: tl.constexpr, DTYPE: tl.constexpr, LIMIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_START: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr,
+    STEPS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, KEY: tl.constexpr, DTYPE: tl.constexpr,
+    LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The dense cache. Grid: (blocks of 32 slots, batch * heads). OUT: contiguous ``[batch, heads, slots, D]``."""
+    """Slots of the dense cache, from ``first + START`` on. Grid: (blocks of 32 of them, batch * heads).
+
+    OUT: contiguous ``[batch, heads, length, D]``, zeros where the cache has no slot.
+    """
     head = tl.program_id(1).to(tl.int64)
     row = head // heads
-    slot = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)
+    place = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)
+    slot = place + first
+    if HAS_START:
+        slot += tl.load(START)
     c = tl.arange(0, DP)
-    inside = slot < slots
+    inside = (place < length) & (slot < slots)
     x = _stored(
         STATE, raw, codes, high, gains, epochs, means, scales, head, heads, sets, slot, inside, slots, capacity, c,
         D, CHANNELS, BITS, STEPS, KEY, DTYPE, PRECISION,
@@ -946,4 +952,6 @@ def dequantise(
     at = _find_in_window(STATE, window_positions, row, position, WINDOW)
     copy = _copies(STATE, sinks, window, head, sink, at, c, D, SINKS, WINDOW, DTYPE)
     x = tl.where(((sink >= 0) | (at >= 0))[:, None], copy, x)
-    tl.store(OUT + (head * slots + slot)[:, None] * D + c[None, :], x, mask=inside[:, None] & (c < D)[None, :])
+    x = tl.where(inside[:, None], x, 0.0)
+    within = (place < length)[:, None] & (c < D)[None, :]
+    tl.store(OUT + (head * length + place)[:, None] * D + c[None, :], x, mask=within)

@@ -222,18 +222,23 @@ def dequantise(
     heads: int,
     slots: int,
     form: Format,
+    first: int = 0,
+    length: int | None = None,
+    start: Tensor | None = None,
     *,
     wrap: Wrap = torch.library.wrap_triton,
     ptx: bool = torch.version.hip is None,
 ) -> Tensor:
-    """`reference.dequantise`; see `attend`."""
+    """`reference.dequantise` from the slot ``first + start`` on; see `attend`. What `start` is only the GPU knows."""
     batch, heads, slots = int(batch), int(heads), int(slots)
+    length = slots if length is None else length
     s = _Side(form, form.layout(batch, heads, slots))
-    out = torch.empty((batch, heads, slots, s.dim), dtype=form.dtype, device=state.device)
-    wrap(kernels.dequantise)[(-(-slots // 32), batch * heads)](
-        state, out, heads, slots, tiles.capacity(slots), s.sets,
+    out = torch.empty((batch, heads, length, s.dim), dtype=form.dtype, device=state.device)
+    wrap(kernels.dequantise)[(-(-length // 32), batch * heads)](
+        state, out, state if start is None else start, first, length, heads, slots, tiles.capacity(slots), s.sets,
         s.raw, s.codes, s.high, s.gains, s.epochs, s.means, s.scales,
         s.sinks, s.sink_positions, s.window, s.window_positions,
+        HAS_START=start is not None,
         D=s.dim, DP=s.padded, CHANNELS=s.channels, BITS=s.bits, STEPS=s.steps,
         SINKS=s.sink_count, WINDOW=s.window_size, KEY=form.role == "key", DTYPE=_DTYPES[form.dtype],
         LIMIT=torch.finfo(form.dtype).max, PRECISION=_PRECISION[ptx], num_warps=8, num_stages=1,

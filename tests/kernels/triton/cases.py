@@ -31,10 +31,9 @@ def sink_of(source: Source, heads: int) -> torch.Tensor | None:
     return sink.masked_fill(source.uniform(heads) < source.choice((0, 0, 0.3)), -math.inf)
 
 
-def dequantise(state: CacheState):
-    return launch.dequantise(
-        state.buffer, state.batch, state.heads, state.slots, state.format, wrap=interpreted, ptx=False
-    )
+def dequantise(state: CacheState, *stretch):
+    operands = state.buffer, state.batch, state.heads, state.slots, state.format
+    return launch.dequantise(*operands, *stretch, wrap=interpreted, ptx=False)
 
 
 def attention(random: Random) -> Attention:

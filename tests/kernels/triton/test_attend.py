@@ -161,3 +161,7 @@ def test_dequantise(bits, head_dim):
         dense = reference.dequantise(state.buffer, 1, 1, state.slots, state.format)
         # One rounding to bfloat16 apart at most
         torch.testing.assert_close(dequantise(state), dense, atol=1e-5, rtol=2**-7)
+        for first, length, start in ((7, 40, None), (60, 50, 5), (0, 33, 88)):
+            part = reference.dequantise(state.buffer, 1, 1, state.slots, state.format, first + (start or 0), length)
+            got = dequantise(state, first, length, None if start is None else torch.tensor(start))
+            torch.testing.assert_close(got, part, atol=1e-5, rtol=2**-7)

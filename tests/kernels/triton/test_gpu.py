@@ -51,8 +51,12 @@ def test_dequantise(bits):
     case = example(300, slots=400, bits=(bits, bits), head_dim=128, value_dim=128)
     for state in (case.keys, case.values):
         dense = state.read()
-        got = ops.dequantise(state.buffer.to(DEVICE), 2, 2, 400, state.format.key()).cpu()
+        operands = state.buffer.to(DEVICE), 2, 2, 400
+        got = ops.dequantise(*operands, state.format.key()).cpu()
         torch.testing.assert_close(got, dense, atol=1e-5, rtol=2**-7)
+        start = torch.tensor(200, device=DEVICE)
+        part = ops.dequantise_stretch(*operands, 50, 150, state.format.key(), None, start).cpu()
+        torch.testing.assert_close(part, dense[:, :, 250:], atol=1e-5, rtol=2**-7)
 
 
 def test_captured_in_a_graph():
