@@ -181,7 +181,8 @@ def _turn(
     place = column.masked_fill(hidden, 0)
     made = {seen: readers[seen](body, first) for seen in expansion.seen}
     _expand(graph, body, expansion, made, place)
-    key, value = made[core.key].float(), made[core.value].float()
+    # Of the zeros behind the end there may come anything, and no weight outdoes a nan.
+    key, value = made[core.key].float(), made[core.value].float().masked_fill(hidden.unsqueeze(1), 0)
     heads, groups = shape(core.query)[1], 1
     if isinstance(heads, int) and isinstance(own := shape(core.key)[1], int):
         groups = heads // own

@@ -28,7 +28,7 @@ _NEW = {aten.empty, aten.empty_like, aten.new_empty, aten.zeros, aten.zeros_like
 RESIZED = REGROUPING | {aten.expand.default, aten.copy.default}
 """Operators whose arguments name the sizes of their result."""
 
-LENGTH = 512
+LENGTH = 128
 """Slots that are expanded at a time."""
 
 

@@ -226,16 +226,19 @@ class _Matcher:
                 continue
             site = sites[core.node]
             joined.append(site if isinstance(site, Site) else Reject(site.reason, core.node.name, site.detail, core))
-        results = self._rebuild(dict(zip(known_by, joined, strict=True)))
+        results = self._rebuild(dict(zip(known_by, joined, strict=True)), sites)
         unread = (c for c in self.writes if len(shape(c)) == 4 and c not in self.read_by and not self._is_read(c))
         results += [Reject(Reason.WRITE_NOT_READ, c.name) for c in unread if not self.writes[c].returned]
         return results
 
-    def _rebuild(self, joined: dict[fx.Node, Site | Reject]) -> list[Site | RebuiltSite | Reject]:
+    def _rebuild(
+        self, joined: dict[fx.Node, Site | Reject], read: Container[fx.Node]
+    ) -> list[Site | RebuiltSite | Reject]:
         """Serve rejected attentions whose keys and values all come from caches with writes that are understood.
 
         Args:
             joined: what each attention is, by its anchor.
+            read: as of `_expand`.
         """
         held = {w.cache for site in joined.values() if isinstance(site, Site) for w in (site.key, site.value)}
         mutating = {value for value, _ in self.mutations}
@@ -261,38 +264,43 @@ class _Matcher:
                 results.append(result)
                 continue
             results.append(RebuiltSite(result, tuple(cache for cache, _ in caches)))
-        return self._expand(results)
+        return self._expand(results, read)
 
-    def _expand(self, results: list[Site | RebuiltSite | Reject]) -> list[Site | RebuiltSite | Reject]:
-        """Find the sites whose keys and values can be made from a few slots of their caches at a time."""
-        cores = {
-            x.reject.core.node: (x.reject.core, x) for x in results if isinstance(x, RebuiltSite) and x.reject.core
-        }
+    def _expand(
+        self, results: list[Site | RebuiltSite | Reject], read: Container[fx.Node]
+    ) -> list[Site | RebuiltSite | Reject]:
+        """Find the sites whose keys and values can be made from a few slots of their caches at a time.
+
+        Args:
+            results: all sites.
+            read: the attentions that are understood but for where their keys and values come from.
+        """
+        sites = [site for site in results if isinstance(site, RebuiltSite)]
+        with_cores = [(site.reject.core, site) for site in sites]
+        by_node = {core.node: (core, site) for core, site in with_cores if core is not None and core.node in read}
         found: dict[fx.Node, Expansion] = {}
-        for node, (core, site) in cores.items():
+        for node, (core, site) in by_node.items():
             writes = [cache.write for cache in site.caches]
             if all(map(_is_readable, writes)) and blocks.is_long(core) and _is_even(core):
                 expanded = blocks.expansion(core, {write.seen: write.slot_dim for write in writes})
                 found |= {} if expanded is None else {node: expanded}
         while found:
-            writes = list({c.write.cache: c.write for node in found for c in cores[node][1].caches}.values())
+            chosen = {id(by_node[node][1]): by_node[node][1] for node in found}
+            writes = list({c.write.cache: c.write for site in chosen.values() for c in site.caches}.values())
             kept: list[object] = []
             for write in writes:
                 kept += [write.new, write.positions, write.start, write.kept] if write.writes else []
             for node, expanded in found.items():
-                core = cores[node][0]
+                core = by_node[node][0]
                 kept += [core.query, core.mask, core.sink, *expanded.others]
             needed = {n for n, _ in self._needed({w.buffer for w in writes}, {w.cache for w in writes}, kept, found)}
-            for node, (_, site) in cores.items():
-                needed |= set() if node in found else {cache.write.buffer for cache in site.caches}
-            left = {n: e for n, e in found.items() if all(c.write.buffer not in needed for c in cores[n][1].caches)}
+            needed |= {c.write.buffer for site in sites if id(site) not in chosen for c in site.caches}
+            left = {n: e for n, e in found.items() if all(c.write.buffer not in needed for c in by_node[n][1].caches)}
             if len(left) == len(found):
-                break
+                by_site = {id(by_node[n][1]): replace(by_node[n][1], expansion=e) for n, e in found.items()}
+                return [by_site.get(id(x), x) for x in results]
             found = left
-        expanded_sites = {
-            id(site): replace(site, expansion=found[node]) for node, (_, site) in cores.items() if node in found
-        }
-        return [expanded_sites.get(id(x), x) for x in results]
+        return results
 
     def _is_read(self, cache: fx.Node) -> bool:
         """Whether some attention reads the cache after all, so that its reject tells why nobody claimed it."""

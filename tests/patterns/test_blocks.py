@@ -8,7 +8,8 @@ from torch import fx
 from decoquant_compile.patterns import blocks
 from decoquant_compile.patterns.attention import cores
 from decoquant_compile.patterns.core import AttentionCore
-from tests.graphs import BATCH, CHANNELS, HEADS, SLOTS, cache, capture, queries
+from decoquant_compile.patterns.match import RebuiltSite
+from tests.graphs import BATCH, CHANNELS, HEADS, SLOTS, cache, capture, queries, results_of
 
 T = torch.randn(HEADS, SLOTS, CHANNELS)
 W = torch.randn(CHANNELS, CHANNELS)
@@ -138,3 +139,17 @@ def test_what_else_varies_along_the_slots_is_known():
 )
 def test_what_takes_more_than_a_slot_is_refused(prepare):
     assert expansion(prepare)[0] is None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_attention_that_is_not_understood_is_left_as_it_is(monkeypatch, dropout):
+    monkeypatch.setattr(blocks, "LENGTH", 4)
+
+    def step(q, k, v, keys, values, at):
+        keys.index_copy_(2, at, k), values.index_copy_(2, at, v)
+        return F.scaled_dot_product_attention(q, keys.sin(), values, dropout_p=dropout)
+
+    operands = [queries(heads=HEADS), *(torch.randn(BATCH, HEADS, 1, CHANNELS) for _ in range(2)), cache(), cache()]
+    (site,) = results_of(step, *operands, torch.tensor([3]))
+    assert isinstance(site, RebuiltSite)
+    assert (site.expansion is None) == (dropout > 0)
