@@ -503,7 +503,10 @@ class _Rewriter:
         rows = self._arange(0, self._size(core.query, 2), core.query)
         columns = self._arange(0, length, core.query)
         rows = self.graph.call_function(aten.view.default, (rows, [1, 1, -1, 1]))
-        return self.graph.call_function(aten.le.Tensor, (columns, rows))
+        mask = self.graph.call_function(aten.le.Tensor, (columns, rows))
+        sizes = (1, 1, shape(core.query)[2], shape(core.key)[2])
+        mask.meta["val"] = core.query.meta["val"].new_empty(sizes, dtype=torch.bool)
+        return mask
 
     def _arange(self, start: Int, count: Int, like: fx.Node) -> fx.Node:
         """``[start, start + count)``, without a guard on `start`."""

@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 
 from decoquant_compile import CacheTensor, _compat, backend, restore
+from decoquant_compile.patterns import blocks
 from tests.fuzz.modules import Case, Module, arguments, caches
 
 NOISE = 2e-5
@@ -48,6 +49,7 @@ def check(case, *, inductor=False):
         else:
             in_place = lambda gm, example_inputs, config_patches=None: gm.forward
             stack.enter_context(mock.patch.object(_compat, "compile_fx", in_place))
+        stack.enter_context(mock.patch.object(blocks, "LENGTH", (2, 5, blocks.LENGTH)[case.seed % 3]))
         reports = []
         stack.enter_context(mock.patch.object(backend, "announce", reports.append))
         torch.compiler.reset()

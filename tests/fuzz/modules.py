@@ -95,7 +95,8 @@ TWISTS = (
     "written twice", "written again elsewhere", "a slot cleared", "scaled in place", "cleared first", "counter",
     # reads
     "read before", "offset", "strided", "flipped", "gathered", "rolled", "one rolled", "rounded", "times one",
-    "plus one", "crossed", "same twice", "tiled", "fewer heads", "channels reversed", "extra views", "heads reversed",
+    "plus one", "projected", "by slot", "centred", "crossed", "same twice", "tiled", "fewer heads",
+    "channels reversed", "extra views", "heads reversed",
     # attention
     "wrong dim", "sigmoid", "masked after", "renormalised", "weights returned", "logits returned", "last dropped",
     "mask from keys", "temperature", "sink", "softmax twice", "causal", "positive bias", "tanh only",
@@ -297,12 +298,7 @@ class Module(torch.nn.Module):
             keys, values = keys.roll(1, 2), values.roll(1, 2)
         if "one rolled" in twists:
             keys = keys.roll(1, 2)
-        if "rounded" in twists:
-            keys = keys.to(torch.bfloat16).to(q.dtype)
-        if "times one" in twists:
-            values = values * 1.0
-        if "plus one" in twists:
-            keys = keys + 1
+        keys, values = self.compute(keys, values)
         if "fewer heads" in twists:
             keys, values = keys[:, :1].expand(keys.shape), values[:, :1].expand(values.shape)
         if "channels reversed" in twists:
@@ -323,6 +319,24 @@ class Module(torch.nn.Module):
         if "residual" in twists:
             out = out + values[:, :1, :1]
         return out
+
+    def compute(self, keys, values):
+        """What is computed of keys and values between cache and attention."""
+        twists = self.case.twists
+        if "rounded" in twists:
+            keys = keys.to(torch.bfloat16).to(keys.dtype)
+        if "times one" in twists:
+            values = values * 1.0
+        if "plus one" in twists:
+            keys = keys + 1
+        if "projected" in twists:
+            weights = torch.arange(4.0 * self.case.channels**2).sin().view(2 * self.case.channels, -1)
+            keys, values = (torch.cat([keys, values], -1) @ weights).chunk(2, -1)
+        if "by slot" in twists:
+            values = values * torch.arange(values.shape[2])[:, None].cos()
+        if "centred" in twists:
+            keys = keys - keys.mean(2, keepdim=True)
+        return keys, values
 
     def product(self, q, keys, values, mask, extra):
         case, twists = self.case, self.case.twists
