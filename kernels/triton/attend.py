@@ -327,10 +327,14 @@ def _masked(logits, MASK, row, kv_head, query, head, column, admitted, m_sb, m_s
 
 
 @triton.jit
-def _place_of_channel(m, PADDED: tl.constexpr):
-    """Channel at place m of the sums over values, an order in which they lie as 16-byte loads of values do."""
+def _in_order(sums, PADDED: tl.constexpr, N: tl.constexpr):
+    """Sums over values ``[PADDED, N]`` in the order of channels; they come in the one of 16-byte loads of values.
+
+    Not the addresses are put in order: ptxas would keep one for each sum, through all loops.
+    """
     LOW: tl.constexpr = 2 if PADDED > 16 else 1
-    return (m // (16 * LOW) * LOW + m // 4 % LOW) * 16 + m % 4 * 4 + m // (4 * LOW) % 4
+    pieces = tl.reshape(sums, [PADDED // (16 * LOW), 4, LOW, 4, N])
+    return tl.reshape(tl.permute(pieces, (0, 2, 3, 1, 4)), [PADDED, N])
 
 
 @triton.jit
@@ -364,7 +368,9 @@ def split(
     query = row // groups
     in_group = row % groups
     real = query < queries
-    tokens = _token_of(tl.arange(0, 64))
+    tokens = tl.arange(0, 64)
+    if K_BITS != 16 or V_BITS != 16:
+        tokens = _token_of(tokens)
     tags = TAGS + batch_row * length
 
     origin = tl.load(_int64s(KEYS, 0))
@@ -425,10 +431,7 @@ def split(
                     total = total * _exp(peak - safe, NATURAL) + tl.sum(_exp(z - safe[None, :], NATURAL), 0)
                     peak = new_peak
 
-    if V_BITS == 16:
-        channel = tl.arange(0, VP)
-    else:
-        channel = _place_of_channel(tl.arange(0, VP), VP)
+    channel = tl.arange(0, VP)
     at = (head * tl.num_programs(2) + group) * parts + share
     own = PART + at * ROWS * VP + r[None, :] * VP
     other = own + shares * ROWS * VP
@@ -440,8 +443,9 @@ def split(
         q_at = batch_row * q_sb + (kv_head + in_group) * q_sh + query * q_sq
         q = tl.load(QUERY + q_at[None, :] + kc[:, None] * q_sc, mask=real[None, :] & (kc < KD)[:, None], other=0.0)
         q = q.to(tl.float32) * scale
-        q_high = q.to(DTYPE)
-        q_low = (q - q_high.to(tl.float32)).to(DTYPE)
+        limbs_of_q = q.to(DTYPE)
+        if tl.float32 != DTYPE:  # as of codes: what the first rounds away is the second
+            limbs_of_q = tl.reshape(tl.join(limbs_of_q, (q - limbs_of_q.to(tl.float32)).to(DTYPE)), [KP, N])
 
     # Pairs of parameter sets in the order of their tags, each over the run of tiles it occurs in
     tag_now = tl.full([], -1, tl.int32)
@@ -476,7 +480,7 @@ def split(
                     if (value_set >= 0) & (value_set < v_sets):
                         # Through memory, in small pieces: registers are for the loop below
                         relative = _exp(flushed - _finite_peak(peak), NATURAL)
-                        tl.store(own + channel[:, None], acc)
+                        tl.store(own + channel[:, None], _in_order(acc, VP, ROWS))
                         tl.debug_barrier()
                         for block in tl.range(0, VP, 16):
                             c = block + tl.arange(0, 16)
@@ -517,9 +521,10 @@ def split(
                         (KEYS + k_codes).to(tl.pointer_type(DTYPE)) + (head * slots + ring)[:, None] * KD + kc[None, :]
                     )
                     x = tl.load(raw, mask=mine[:, None] & (kc < KD)[None, :], other=0.0)
-                    s = tl.dot(x, q_high, input_precision=PRECISION)
+                    s = tl.dot(x, limbs_of_q, input_precision=PRECISION)
                     if tl.float32 != DTYPE:
-                        s = tl.dot(x, q_low, s)
+                        s_high, s_low = tl.split(tl.reshape(s, [64, ROWS, 2]))
+                        s = s_high + s_low
                 else:
                     K_ROWS: tl.constexpr = K_CHANNELS * K_WIDTH // 32
                     k_tile = head * capacity + tile * _TILE
@@ -597,6 +602,8 @@ def split(
                     unit = top * (1 / (16256.0 * V_STEPS))
                     acc = acc * alpha[None, :] + (sum_high * 128 + sum_low).to(tl.float32) * unit[None, :]
 
+    if V_BITS != 16:
+        acc = _in_order(acc, VP, ROWS)
     tl.store(own + channel[:, None], acc)
     tl.store(PEAKS + at * ROWS + r, peak)
     tl.store(PEAKS + (at + shares) * ROWS + r, flushed)
@@ -704,7 +711,8 @@ def exact(
     real = query < queries
     K_STEP: tl.constexpr = min(KP, 32)
     vc = tl.arange(0, VP)
-    n = tl.arange(0, 64)
+    TOKENS: tl.constexpr = 64 if max(KP, VP) <= 128 else 32
+    n = tl.arange(0, TOKENS)
     q_row = QUERY + (batch_row * q_sb + (kv_head + in_group) * q_sh + query * q_sq)[None, :]
     k_origin = tl.load(_int64s(KEYS, 0))
     v_origin = tl.load(_int64s(VALUES, 0))
@@ -788,13 +796,13 @@ def exact(
             acc = tl.dot(tl.trans(x), p, acc * alpha[None, :], input_precision=PRECISION)
             peak = new_peak
 
-    blocks = tl.cdiv(tokens, 64)
+    blocks = tl.cdiv(tokens, TOKENS)
     for block in tl.range(blocks * share // shares, blocks * (share + 1) // shares):
-        token = block * 64 + n
+        token = block * TOKENS + n
         column = tl.load(COLUMNS + token, mask=token < tokens, other=-1)
         valid = column >= 0
         at = KEY + batch_row * k_sb + head % heads * k_sh + token.to(tl.int64)[:, None] * k_st
-        s = tl.zeros([64, ROWS], tl.float32)
+        s = tl.zeros([TOKENS, ROWS], tl.float32)
         for begin in tl.range(0, KD, K_STEP):
             kc = begin + tl.arange(0, K_STEP)
             q = tl.load(q_row + kc[:, None] * q_sc, mask=real[None, :] & (kc < KD)[:, None], other=0.0)
