@@ -709,17 +709,20 @@ def exact(
     query = row // groups
     in_group = row % groups
     real = query < queries
-    K_STEP: tl.constexpr = min(KP, 32)
-    vc = tl.arange(0, VP)
-    TOKENS: tl.constexpr = 64 if max(KP, VP) <= 128 else 32
-    n = tl.arange(0, TOKENS)
+    # Channels of a key and of a value at a time: registers hold no more
+    K_STEP: tl.constexpr = min(KP, 32 if max(KP, VP) <= 128 else 16)
+    PIECE: tl.constexpr = min(VP, 128)
+    vc = tl.arange(0, PIECE)
+    n = tl.arange(0, 64)
     q_row = QUERY + (batch_row * q_sb + (kv_head + in_group) * q_sh + query * q_sq)[None, :]
     k_origin = tl.load(_int64s(KEYS, 0))
     v_origin = tl.load(_int64s(VALUES, 0))
 
     peak = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([VP, ROWS], tl.float32)
+    acc = ()
+    for _ in tl.static_range(VP // PIECE):
+        acc = acc + (tl.zeros([PIECE, ROWS], tl.float32),)
 
     COPIES: tl.constexpr = K_SINKS + K_WINDOW + V_SINKS + V_WINDOW
     listed = COPIES + tl.where(k_origin == v_origin, 0, length)
@@ -781,28 +784,33 @@ def exact(
                 s, MASK, batch_row, kv_head, query, in_group, column, valid, real, softcap,
                 m_sb, m_sh, m_sq, m_sl, MASK_KIND, SOFTCAP, NATURAL,
             )  # fmt: skip
-            x = _copies(VALUES, v_sinks, v_window, head, v_sink, v_at, vc, VD, V_SINKS, V_WINDOW, DTYPE)
-            lacking = valid & (v_sink < 0) & (v_at < 0)
-            if tl.sum(lacking.to(tl.int32), 0) > 0:
-                x += _stored(
-                    VALUES, v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, head, heads, v_sets, slot,
-                    lacking, slots, capacity, vc, VD, V_CHANNELS, V_BITS, V_STEPS, False, DTYPE, PRECISION,
-                )  # fmt: skip
             new_peak = tl.maximum(peak, tl.max(s, 0))
             safe = _finite_peak(new_peak)
             alpha = _exp(peak - safe, NATURAL)
             p = _exp(s - safe[None, :], NATURAL)
             total = total * alpha + tl.sum(p, 0)
-            acc = tl.dot(tl.trans(x), p, acc * alpha[None, :], input_precision=PRECISION)
+            lacking = valid & (v_sink < 0) & (v_at < 0)
+            any_lacking = tl.sum(lacking.to(tl.int32), 0) > 0
+            sums = ()
+            for piece in tl.static_range(VP // PIECE):
+                c = piece * PIECE + vc
+                x = _copies(VALUES, v_sinks, v_window, head, v_sink, v_at, c, VD, V_SINKS, V_WINDOW, DTYPE)
+                if any_lacking:
+                    x += _stored(
+                        VALUES, v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, head, heads, v_sets, slot,
+                        lacking, slots, capacity, c, VD, V_CHANNELS, V_BITS, V_STEPS, False, DTYPE, PRECISION,
+                    )  # fmt: skip
+                sums = sums + (tl.dot(tl.trans(x), p, acc[piece] * alpha[None, :], input_precision=PRECISION),)
+            acc = sums
             peak = new_peak
 
-    blocks = tl.cdiv(tokens, TOKENS)
+    blocks = tl.cdiv(tokens, 64)
     for block in tl.range(blocks * share // shares, blocks * (share + 1) // shares):
-        token = block * TOKENS + n
+        token = block * 64 + n
         column = tl.load(COLUMNS + token, mask=token < tokens, other=-1)
         valid = column >= 0
         at = KEY + batch_row * k_sb + head % heads * k_sh + token.to(tl.int64)[:, None] * k_st
-        s = tl.zeros([TOKENS, ROWS], tl.float32)
+        s = tl.zeros([64, ROWS], tl.float32)
         for begin in tl.range(0, KD, K_STEP):
             kc = begin + tl.arange(0, K_STEP)
             q = tl.load(q_row + kc[:, None] * q_sc, mask=real[None, :] & (kc < KD)[:, None], other=0.0)
@@ -818,16 +826,23 @@ def exact(
         alpha = _exp(peak - safe, NATURAL)
         p = _exp(s - safe[None, :], NATURAL)
         total = total * alpha + tl.sum(p, 0)
-        at = VALUE + batch_row * v_sb + head % heads * v_sh + token.to(tl.int64)[:, None] * v_st + vc[None, :] * v_sc
-        x = tl.trans(tl.load(at, mask=valid[:, None] & (vc < VD)[None, :], other=0.0).to(NEW))
+        at = VALUE + batch_row * v_sb + head % heads * v_sh + token.to(tl.int64)[:, None] * v_st
         p_high = p.to(NEW)
-        acc = tl.dot(x, p_high, acc * alpha[None, :], input_precision=PRECISION)
-        if tl.float32 != NEW:
-            acc = tl.dot(x, (p - p_high.to(tl.float32)).to(NEW), acc)
+        sums = ()
+        for piece in tl.static_range(VP // PIECE):
+            c = piece * PIECE + vc
+            x = tl.load(at + c[None, :] * v_sc, mask=valid[:, None] & (c < VD)[None, :], other=0.0)
+            x = tl.trans(x.to(NEW))
+            y = tl.dot(x, p_high, acc[piece] * alpha[None, :], input_precision=PRECISION)
+            if tl.float32 != NEW:
+                y = tl.dot(x, (p - p_high.to(tl.float32)).to(NEW), y)
+            sums = sums + (y,)
+        acc = sums
         peak = new_peak
 
     at = (head * tl.num_programs(2) + group) * parts + part0 + share
-    tl.store(PART + at * ROWS * VP + r[None, :] * VP + vc[:, None], acc)
+    for piece in tl.static_range(VP // PIECE):
+        tl.store(PART + at * ROWS * VP + r[None, :] * VP + (piece * PIECE + vc)[:, None], acc[piece])
     tl.store(PEAKS + at * ROWS + r, peak)
     tl.store(SUMS + at * ROWS + r, total)
     tl.store(SETS + at, -1)

@@ -146,8 +146,11 @@ def attend(
     mode = {"SOFTCAP": softcap is not None, "NATURAL": natural}
     precision = _PRECISION[ptx]
     coded, wide = k.coded and v.coded, max(k.padded, v.padded) > 128
-    # One warp has no other to wait for, while its sums fit its registers; wide tiles may need those of eight.
-    warps = 1 if ptx and coded and rows <= 8 and not wide else 8 if wide and not (ptx and coded) else 4
+    # One warp has no other to wait for, while its sums fit its registers.
+    if ptx and coded and rows <= 8:
+        warps = 2 if wide else 1
+    else:
+        warps = 8 if wide else 4
     # Left to itself ptxas may spill for the sake of one more program on a multiprocessor. AMD's larger matrix
     # instruction pads more rows, in registers.
     limit = {"maxnreg": 255} if ptx else {"matrix_instr_nonkdim": 16}
