@@ -209,7 +209,7 @@ def attend(
         V_SINKS=v.sink_count, V_WINDOW=v.window_size,
         DTYPE=_DTYPES[key_form.dtype], NEW=_DTYPES[query.dtype] if alike else tl.float32, ROWS=rows,
         MASK_KIND=kind, PRECISION=precision, **mode,
-        num_warps=8, num_stages=1,
+        num_warps=8, num_stages=1, **limit,
     )  # fmt: skip
     channels = min(32, v.padded)
     wrap(kernels.combine)[(batch * heads, row_groups, v.padded // channels)](
