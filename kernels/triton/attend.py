@@ -327,10 +327,14 @@ def _masked(logits, MASK, row, kv_head, query, head, column, admitted, m_sb, m_s
 
 
 @triton.jit
-def _place_of_channel(m, PADDED: tl.constexpr):
-    """Channel at place m of the sums over values, an order in which they lie as 16-byte loads of values do."""
+def _in_order(sums, PADDED: tl.constexpr, N: tl.constexpr):
+    """Sums over values ``[PADDED, N]`` in the order of channels; they come in the one of 16-byte loads of values.
+
+    Not the addresses are put in order: ptxas would keep one for each sum, through all loops.
+    """
     LOW: tl.constexpr = 2 if PADDED > 16 else 1
-    return (m // (16 * LOW) * LOW + m // 4 % LOW) * 16 + m % 4 * 4 + m // (4 * LOW) % 4
+    pieces = tl.reshape(sums, [PADDED // (16 * LOW), 4, LOW, 4, N])
+    return tl.reshape(tl.permute(pieces, (0, 2, 3, 1, 4)), [PADDED, N])
 
 
 @triton.jit
@@ -364,7 +368,9 @@ def split(
     query = row // groups
     in_group = row % groups
     real = query < queries
-    tokens = _token_of(tl.arange(0, 64))
+    tokens = tl.arange(0, 64)
+    if K_BITS != 16 or V_BITS != 16:
+        tokens = _token_of(tokens)
     tags = TAGS + batch_row * length
 
     origin = tl.load(_int64s(KEYS, 0))
@@ -425,10 +431,7 @@ def split(
                     total = total * _exp(peak - safe, NATURAL) + tl.sum(_exp(z - safe[None, :], NATURAL), 0)
                     peak = new_peak
 
-    if V_BITS == 16:
-        channel = tl.arange(0, VP)
-    else:
-        channel = _place_of_channel(tl.arange(0, VP), VP)
+    channel = tl.arange(0, VP)
     at = (head * tl.num_programs(2) + group) * parts + share
     own = PART + at * ROWS * VP + r[None, :] * VP
     other = own + shares * ROWS * VP
@@ -440,8 +443,9 @@ def split(
         q_at = batch_row * q_sb + (kv_head + in_group) * q_sh + query * q_sq
         q = tl.load(QUERY + q_at[None, :] + kc[:, None] * q_sc, mask=real[None, :] & (kc < KD)[:, None], other=0.0)
         q = q.to(tl.float32) * scale
-        q_high = q.to(DTYPE)
-        q_low = (q - q_high.to(tl.float32)).to(DTYPE)
+        limbs_of_q = q.to(DTYPE)
+        if tl.float32 != DTYPE:  # as of codes: what the first rounds away is the second
+            limbs_of_q = tl.reshape(tl.join(limbs_of_q, (q - limbs_of_q.to(tl.float32)).to(DTYPE)), [KP, N])
 
     # Pairs of parameter sets in the order of their tags, each over the run of tiles it occurs in
     tag_now = tl.full([], -1, tl.int32)
@@ -476,7 +480,7 @@ def split(
                     if (value_set >= 0) & (value_set < v_sets):
                         # Through memory, in small pieces: registers are for the loop below
                         relative = _exp(flushed - _finite_peak(peak), NATURAL)
-                        tl.store(own + channel[:, None], acc)
+                        tl.store(own + channel[:, None], _in_order(acc, VP, ROWS))
                         tl.debug_barrier()
                         for block in tl.range(0, VP, 16):
                             c = block + tl.arange(0, 16)
@@ -517,9 +521,10 @@ def split(
                         (KEYS + k_codes).to(tl.pointer_type(DTYPE)) + (head * slots + ring)[:, None] * KD + kc[None, :]
                     )
                     x = tl.load(raw, mask=mine[:, None] & (kc < KD)[None, :], other=0.0)
-                    s = tl.dot(x, q_high, input_precision=PRECISION)
+                    s = tl.dot(x, limbs_of_q, input_precision=PRECISION)
                     if tl.float32 != DTYPE:
-                        s = tl.dot(x, q_low, s)
+                        s_high, s_low = tl.split(tl.reshape(s, [64, ROWS, 2]))
+                        s = s_high + s_low
                 else:
                     K_ROWS: tl.constexpr = K_CHANNELS * K_WIDTH // 32
                     k_tile = head * capacity + tile * _TILE
@@ -597,6 +602,8 @@ def split(
                     unit = top * (1 / (16256.0 * V_STEPS))
                     acc = acc * alpha[None, :] + (sum_high * 128 + sum_low).to(tl.float32) * unit[None, :]
 
+    if V_BITS != 16:
+        acc = _in_order(acc, VP, ROWS)
     tl.store(own + channel[:, None], acc)
     tl.store(PEAKS + at * ROWS + r, peak)
     tl.store(PEAKS + (at + shares) * ROWS + r, flushed)
@@ -702,8 +709,10 @@ def exact(
     query = row // groups
     in_group = row % groups
     real = query < queries
-    K_STEP: tl.constexpr = min(KP, 32)
-    vc = tl.arange(0, VP)
+    # Channels of a key and of a value at a time: registers hold no more
+    K_STEP: tl.constexpr = min(KP, 32 if max(KP, VP) <= 128 else 16)
+    PIECE: tl.constexpr = min(VP, 128)
+    vc = tl.arange(0, PIECE)
     n = tl.arange(0, 64)
     q_row = QUERY + (batch_row * q_sb + (kv_head + in_group) * q_sh + query * q_sq)[None, :]
     k_origin = tl.load(_int64s(KEYS, 0))
@@ -711,7 +720,9 @@ def exact(
 
     peak = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([VP, ROWS], tl.float32)
+    acc = ()
+    for _ in tl.static_range(VP // PIECE):
+        acc = acc + (tl.zeros([PIECE, ROWS], tl.float32),)
 
     COPIES: tl.constexpr = K_SINKS + K_WINDOW + V_SINKS + V_WINDOW
     listed = COPIES + tl.where(k_origin == v_origin, 0, length)
@@ -773,19 +784,24 @@ def exact(
                 s, MASK, batch_row, kv_head, query, in_group, column, valid, real, softcap,
                 m_sb, m_sh, m_sq, m_sl, MASK_KIND, SOFTCAP, NATURAL,
             )  # fmt: skip
-            x = _copies(VALUES, v_sinks, v_window, head, v_sink, v_at, vc, VD, V_SINKS, V_WINDOW, DTYPE)
-            lacking = valid & (v_sink < 0) & (v_at < 0)
-            if tl.sum(lacking.to(tl.int32), 0) > 0:
-                x += _stored(
-                    VALUES, v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, head, heads, v_sets, slot,
-                    lacking, slots, capacity, vc, VD, V_CHANNELS, V_BITS, V_STEPS, False, DTYPE, PRECISION,
-                )  # fmt: skip
             new_peak = tl.maximum(peak, tl.max(s, 0))
             safe = _finite_peak(new_peak)
             alpha = _exp(peak - safe, NATURAL)
             p = _exp(s - safe[None, :], NATURAL)
             total = total * alpha + tl.sum(p, 0)
-            acc = tl.dot(tl.trans(x), p, acc * alpha[None, :], input_precision=PRECISION)
+            lacking = valid & (v_sink < 0) & (v_at < 0)
+            any_lacking = tl.sum(lacking.to(tl.int32), 0) > 0
+            sums = ()
+            for piece in tl.static_range(VP // PIECE):
+                c = piece * PIECE + vc
+                x = _copies(VALUES, v_sinks, v_window, head, v_sink, v_at, c, VD, V_SINKS, V_WINDOW, DTYPE)
+                if any_lacking:
+                    x += _stored(
+                        VALUES, v_raw, v_codes, v_high, v_gains, v_epochs, v_means, v_scales, head, heads, v_sets, slot,
+                        lacking, slots, capacity, c, VD, V_CHANNELS, V_BITS, V_STEPS, False, DTYPE, PRECISION,
+                    )  # fmt: skip
+                sums = sums + (tl.dot(tl.trans(x), p, acc[piece] * alpha[None, :], input_precision=PRECISION),)
+            acc = sums
             peak = new_peak
 
     blocks = tl.cdiv(tokens, 64)
@@ -810,16 +826,23 @@ def exact(
         alpha = _exp(peak - safe, NATURAL)
         p = _exp(s - safe[None, :], NATURAL)
         total = total * alpha + tl.sum(p, 0)
-        at = VALUE + batch_row * v_sb + head % heads * v_sh + token.to(tl.int64)[:, None] * v_st + vc[None, :] * v_sc
-        x = tl.trans(tl.load(at, mask=valid[:, None] & (vc < VD)[None, :], other=0.0).to(NEW))
+        at = VALUE + batch_row * v_sb + head % heads * v_sh + token.to(tl.int64)[:, None] * v_st
         p_high = p.to(NEW)
-        acc = tl.dot(x, p_high, acc * alpha[None, :], input_precision=PRECISION)
-        if tl.float32 != NEW:
-            acc = tl.dot(x, (p - p_high.to(tl.float32)).to(NEW), acc)
+        sums = ()
+        for piece in tl.static_range(VP // PIECE):
+            c = piece * PIECE + vc
+            x = tl.load(at + c[None, :] * v_sc, mask=valid[:, None] & (c < VD)[None, :], other=0.0)
+            x = tl.trans(x.to(NEW))
+            y = tl.dot(x, p_high, acc[piece] * alpha[None, :], input_precision=PRECISION)
+            if tl.float32 != NEW:
+                y = tl.dot(x, (p - p_high.to(tl.float32)).to(NEW), y)
+            sums = sums + (y,)
+        acc = sums
         peak = new_peak
 
     at = (head * tl.num_programs(2) + group) * parts + part0 + share
-    tl.store(PART + at * ROWS * VP + r[None, :] * VP + vc[:, None], acc)
+    for piece in tl.static_range(VP // PIECE):
+        tl.store(PART + at * ROWS * VP + r[None, :] * VP + (piece * PIECE + vc)[:, None], acc[piece])
     tl.store(PEAKS + at * ROWS + r, peak)
     tl.store(SUMS + at * ROWS + r, total)
     tl.store(SETS + at, -1)

@@ -99,6 +99,7 @@ class Statistics:
         instructions: of the machine code by name, without modifiers, such as ``HMMA``; for NVIDIA also with those of
             asynchronous copies: ``LDGSTS.128``.
         loops: what branches back, the longest first.
+        scalar_spills: scalar registers (AMD) that are spilled, into lanes of vector registers, not to memory.
     """
 
     registers: int
@@ -107,6 +108,7 @@ class Statistics:
     warps: int
     instructions: Mapping[str, int] = field(repr=False)
     loops: tuple[Loop, ...] = field(repr=False)
+    scalar_spills: int = 0
 
     def loop(self, instruction: str) -> Mapping[str, int]:
         """Instructions of the longest innermost loop with one whose name begins so; none if there is no such loop."""
@@ -201,4 +203,5 @@ def _amd(compiled: CompiledKernel) -> Statistics:
         warps=compiled.metadata.num_warps,
         instructions=_count([instruction for _, instruction in code]),
         loops=_loops(code, spans),
+        scalar_spills=_number(r"\.sgpr_spill_count:\s+(\d+)", text),
     )

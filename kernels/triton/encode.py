@@ -194,6 +194,20 @@ def _joined(a, b, N: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _chosen(TABLE: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, bits, COUNT: tl.constexpr):
+    """The numbers ``TABLE[FIRST + STEP * i]``, where ``i`` has the `COUNT` bits of a tuple, the highest first.
+
+    By selects, which hold a few masks for long instead of many at once: on AMD each is two scalar registers.
+    """
+    if COUNT == 0:
+        return tl.full([], TABLE[FIRST], tl.float32)
+    else:
+        low = _chosen(TABLE, FIRST, 2 * STEP, bits, COUNT - 1)
+        high = _chosen(TABLE, FIRST + STEP, 2 * STEP, bits, COUNT - 1)
+        return tl.where(bits[COUNT - 1], high, low)
+
+
+@triton.jit
 def _nearest(y, radius, BITS: tl.constexpr):
     """Codes of the nearest entries, int32, and these entries."""
     if BITS == 8:
@@ -204,12 +218,12 @@ def _nearest(y, radius, BITS: tl.constexpr):
     else:
         z = divide(y, radius)
         code = tl.zeros_like(z).to(tl.int32)
-        entry = tl.full(z.shape, ENTRIES[2**BITS - 4], tl.float32)
-        for i in tl.static_range(2**BITS - 1):
-            above = z > THRESHOLDS[2**BITS - 4 + i]
-            code += above.to(tl.int32)
-            entry = tl.where(above, ENTRIES[2**BITS - 4 + i + 1], entry)
-        return code, entry
+        above = ()  # of each bit of the code, the highest first
+        for i in tl.static_range(BITS):
+            threshold = _chosen(THRESHOLDS, 2**BITS - 5 + 2 ** (BITS - 1 - i), 2 ** (BITS - i), above, i)
+            above = above + (z > threshold,)
+            code = code * 2 + above[i].to(tl.int32)
+        return code, _chosen(ENTRIES, 2**BITS - 4, 1, above, BITS)
 
 
 @triton.jit

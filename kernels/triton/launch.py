@@ -145,13 +145,18 @@ def attend(
     masking = mask if mask is not None else query
     mode = {"SOFTCAP": softcap is not None, "NATURAL": natural}
     precision = _PRECISION[ptx]
+    coded, wide = k.coded and v.coded, max(k.padded, v.padded) > 128
     # One warp has no other to wait for, while its sums fit its registers.
-    warps = 1 if ptx and k.coded and v.coded and rows <= 8 and max(k.padded, v.padded) <= 128 else 4
-    # Left to itself ptxas may spill for the sake of one more program on a multiprocessor.
-    limit = {"maxnreg": 255 if warps == 1 else 224} if ptx else {}
+    if ptx and coded and rows <= 8:
+        warps = 2 if wide else 1
+    else:
+        warps = 8 if wide else 4
+    # Left to itself ptxas may spill for the sake of one more program on a multiprocessor. AMD's larger matrix
+    # instruction pads more rows, in registers.
+    limit = {"maxnreg": 255} if ptx else {"matrix_instr_nonkdim": 16}
     # Codes are copied one tile ahead, where that spills nothing: with more rows there are no registers to spare, and
     # AMD's copies pass through registers. Deeper buys nothing, as several programs share a multiprocessor.
-    stages = 2 if ptx and k.coded and v.coded and rows == 4 else 1
+    stages = 2 if ptx and coded and rows == 4 else 1
     capped = 0.0 if softcap is None else softcap
 
     tags = _scratch(query, batch, length, dtype=torch.int16)
@@ -204,14 +209,15 @@ def attend(
         V_SINKS=v.sink_count, V_WINDOW=v.window_size,
         DTYPE=_DTYPES[key_form.dtype], NEW=_DTYPES[query.dtype] if alike else tl.float32, ROWS=rows,
         MASK_KIND=kind, PRECISION=precision, **mode,
-        num_warps=8, num_stages=1,
+        num_warps=8, num_stages=1, **limit,
     )  # fmt: skip
     channels = min(32, v.padded)
     wrap(kernels.combine)[(batch * heads, row_groups, v.padded // channels)](
         part, peaks, sums, sets, query if sink is None else sink, value_state, out,
         heads, queries, groups, parts, v.scales, v.sets,
         VD=v.dim, VP=v.padded, CODED=v.coded, ROWS=rows, PARTS=triton.next_power_of_2(parts),
-        HAS_SINK=sink is not None, NATURAL=natural, BLOCK=channels, PRECISION=precision, num_warps=4, num_stages=1,
+        HAS_SINK=sink is not None, NATURAL=natural, BLOCK=channels, PRECISION=precision,
+        num_warps=8 if rows > 8 else 4, num_stages=1,
     )  # fmt: skip
     return out
 

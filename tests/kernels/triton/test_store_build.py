@@ -38,10 +38,10 @@ def test_one_token(target):
     names, found = launches(target, "key", 4, 128, 1)
     assert names == ONE
     assert found[0].registers <= 128
-    if target == "gfx942":  # scalars spill into lanes of vector registers, no vector register spills
-        assert all(kernel.spills <= 80 for kernel in found)
+    assert [kernel.spills for kernel in found] == [0, 0]
+    if target == "gfx942":
+        assert all(kernel.scalar_spills <= 32 for kernel in found)
     else:
-        assert [kernel.spills for kernel in found] == [0, 0]
         assert sum(found[0].instructions.values()) <= 1700
         assert sum(found[1].instructions.values()) <= 4200
 
@@ -68,4 +68,5 @@ def test_many_tokens(target):
 @pytest.mark.parametrize("role", ["key", "value"])
 def test_everything_is_built(target, role, bits, head_dim):
     for tokens in (1, 64):
-        launches(target, role, bits, head_dim, tokens)
+        names, found = launches(target, role, bits, head_dim, tokens)
+        assert {name: kernel.spills for name, kernel in zip(names, found, strict=True) if kernel.spills} == {}
