@@ -388,6 +388,11 @@ def size_node(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node:
     return computed.node
 
 
+def never_a_frame(function: Callable[..., Any]) -> None:
+    """Keep Dynamo from compiling a function that plain Python calls; where it traces a caller, it goes on as before."""
+    eval_frame.skip_code(function.__code__)
+
+
 def graph_breaks() -> Counter[str]:
     """Why Dynamo has ended graphs before the end of their frames, in this process, and how often."""
     return Counter(dynamo_counters["graph_break"])

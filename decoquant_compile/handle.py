@@ -471,6 +471,10 @@ def _require_own_backend() -> bool:
 # Eager calls
 
 
+# In a frame that Dynamo has left to Python it would take this for one to compile, and `is_compiling` for true.
+_compat.never_a_frame(CacheTensor.__torch_function__)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _call(caller: object, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run `func`, called by the module `caller`.

@@ -79,3 +79,19 @@ def test_arithmetic(name, dynamic):
     cache = torch.rand(1, SLOTS, HEADS * CHANNELS) + 0.5
     take_over([Claim(cache, (0, (), 1, 2), Format("key", 16, 8, torch.float32, 1, 2))], lengths=[None], masks=[None])
     assert len(list(compared(step, cache, cache.dense(), (3, 1, 2), dynamic=dynamic))) == 3
+
+
+@torch.no_grad()
+def test_a_frame_that_is_left_to_python():
+    """Dynamo looks at every function that is called from there, ours too."""
+
+    @torch.compiler.disable(recursive=False)
+    def lengths(t):
+        return t.shape[1], t.size(1), t.mT.shape[2], t.dim()
+
+    cache = torch.rand(1, SLOTS, HEADS * CHANNELS)
+    expected = lengths(cache)
+    take_over([Claim(cache, (0, (), 1, 2), Format("key", 16, 8, torch.float32, 1, 2))], lengths=[None], masks=[None])
+    torch.compiler.reset()
+    compiled = torch.compile(lambda t: (lengths(t), t.shape[0]), backend=decoquant_compile.decoquant_backend)
+    assert compiled(cache) == (expected, 1)
