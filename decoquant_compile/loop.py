@@ -81,7 +81,7 @@ def _is_number(node: fx.Node) -> bool:
     """Whether a node is a size, or computed from sizes."""
     if "val" in node.meta:
         return isinstance(node.meta["val"], torch.SymInt)
-    computed = node.op == "call_function" and not _compat.mutates(node.target) is not None
+    computed = node.op == "call_function" and _compat.mutates(node.target) is None
     return computed and bool(node.all_input_nodes) and all(map(_is_number, node.all_input_nodes))
 
 
