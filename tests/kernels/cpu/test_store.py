@@ -94,7 +94,10 @@ def assert_same(got, expected, truth):
     origin = int(b.header[ORIGIN])
     differ = differ[:, :, (origin + torch.arange(got.slots)) % got.slots]
     written = int(truth.any(-1).sum())
-    assert len(truth[differ & same_fit[..., None]].unique(dim=0)) <= max(2, written // 1000)
+    apart = truth[differ & same_fit[..., None]]
+    # Beside a token that is huge, float32 cannot tell small ones apart: those are equal, too.
+    apart = (apart / (1e-6 * truth.abs().max().clamp_min(1e-30))).round()
+    assert len(apart.unique(dim=0)) <= max(2, written // 1000)
 
     x, y = read(got).double(), read(expected).double()
     assert x.isfinite().all()
