@@ -1543,8 +1543,9 @@ def store(
         BLOCK_SLOTS=blocks.slots, **common, num_warps=1,
     )  # fmt: skip
     wrap(write_tokens)[batch, heads, triton.cdiv(window + sinks + tokens, blocks.tokens)](
-        state, plan, new, *sizes, tokens, plan_b, *new.stride(), H=1, T=blocks.tokens, **coding, **common, num_warps=1
-    )
+        state, plan, new, *sizes, tokens, plan_b, *new.stride(), H=1, T=blocks.tokens, **coding, **common,
+        num_warps=1 if run == 1 and head_dim <= 128 else 2,  # more channels, or products of runs, spill in one
+    )  # fmt: skip
     wrap(copy_tokens)[batch, heads](
         state, plan, new, owners, *sizes, plan_b, owners_b, *new.stride(), SIZE=size, N=16, **common
     )
