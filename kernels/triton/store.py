@@ -1388,7 +1388,7 @@ class Blocks(NamedTuple):
     heads: int = 1
     """Heads that a program of `write_one` takes."""
     tokens: int = 4
-    """Tokens that a program of `write_tokens` takes."""
+    """Tokens that a program of `write_tokens` takes; half as many of wide or odd heads."""
     copies: int = 64
     slots: int = 256
     looked: int = 16
@@ -1542,9 +1542,12 @@ def store(
         state, plan, new, sums, *sizes, tokens, runs, shift, plan_b, *new.stride(), SIZE=size,
         BLOCK_SLOTS=blocks.slots, **common, num_warps=1,
     )  # fmt: skip
-    wrap(write_tokens)[batch, heads, triton.cdiv(window + sinks + tokens, blocks.tokens)](
-        state, plan, new, *sizes, tokens, plan_b, *new.stride(), H=1, T=blocks.tokens, **coding, **common, num_warps=1
-    )
+    # More channels, or products of runs, leave registers for fewer tokens.
+    taken = blocks.tokens if run == 1 and head_dim <= 128 else max(1, blocks.tokens // 2)
+    wrap(write_tokens)[batch, heads, triton.cdiv(window + sinks + tokens, taken)](
+        state, plan, new, *sizes, tokens, plan_b, *new.stride(), H=1, T=taken, **coding, **common,
+        num_warps=1 if head_dim <= 128 else 2,
+    )  # fmt: skip
     wrap(copy_tokens)[batch, heads](
         state, plan, new, owners, *sizes, plan_b, owners_b, *new.stride(), SIZE=size, N=16, **common
     )
