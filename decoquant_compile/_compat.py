@@ -398,9 +398,9 @@ def graph_breaks() -> Counter[str]:
     return Counter(dynamo_counters["graph_break"])
 
 
-def symbol_inputs(graph: fx.Graph, value: object) -> list[fx.Node]:
-    """The inputs of a graph that carry the symbols in the sizes of a tensor."""
-    sizes: list[Any] = [n for n in value.shape if isinstance(n, torch.SymInt)] if isinstance(value, Tensor) else []
+def symbol_inputs(graph: fx.Graph, values: Iterable[object]) -> list[fx.Node]:
+    """The inputs of a graph that carry the symbols in the sizes of tensors; other values have none."""
+    sizes: list[Any] = [n for x in values if isinstance(x, Tensor) for n in x.shape if isinstance(n, torch.SymInt)]
     symbols = {symbol for n in sizes for symbol in n.node.expr.free_symbols}
     return [node for symbol, node in carriers(graph).items() if symbol in symbols]
 

@@ -25,6 +25,12 @@ def members(group: Group) -> tuple[int, ...]:
     return (group,) if isinstance(group, int) else group
 
 
+def order_back(dims: Dims) -> list[int]:
+    """The order that undoes `order`."""
+    places = order(dims)
+    return [places.index(dim) for dim in range(len(places))]
+
+
 def is_plain(dims: Dims) -> bool:
     """Whether each role is that of one dimension: then `arranged` gives a view."""
     return all(isinstance(group, int) for group in dims)
@@ -53,8 +59,7 @@ def arranged(tensor: Tensor, dims: Dims) -> Tensor:
 
 def laid_out(tensor: Tensor, dims: Dims) -> Tensor:
     """What `arranged` is made from: [batch, heads, slots, channels] in the cache's own dimensions."""
-    places = order(dims)
     if not is_plain(dims):
         shape = shape_of(tensor.shape, dims)
-        tensor = tensor.reshape([shape[dim] for dim in places])
-    return tensor.permute([places.index(dim) for dim in range(len(places))])
+        tensor = tensor.reshape([shape[dim] for dim in order(dims)])
+    return tensor.permute(order_back(dims))

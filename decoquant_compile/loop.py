@@ -47,8 +47,8 @@ class Part:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Recorded:
         """Call an operator on proxies, on nodes of either graph and on constants."""
-        given: Any = map_aggregate((args, kwargs), _node)
-        args, kwargs = map_aggregate(given, lambda x: self.proxy(x) if isinstance(x, fx.Node) else x)
+        given: Any = (args, kwargs)
+        args, kwargs = map_aggregate(given, lambda x: self.proxy(_node(x)) if isinstance(_node(x), fx.Node) else x)
         return self._tracer.create_proxy("call_function", target, args, kwargs)
 
     def _take(self, node: fx.Node) -> fx.Node:
@@ -135,14 +135,12 @@ def attend(graph: fx.Graph, core: AttentionCore, expansion: Expansion, readers: 
     condition, body = Part(captured), Part(captured)
     going = condition.call(operator.lt, condition.carried[0] * blocks.LENGTH, end)
     turned = _turn(graph, body, core, expansion, readers, keys)
-    for node in [core.query, *captured]:
-        captured |= dict.fromkeys(_compat.symbol_inputs(graph, node.meta.get("val")))
-    modules = {"body": body.finish(turned)}
-    modules["condition"] = condition.finish(going)
+    taken = [node.meta.get("val") for node in (core.query, *captured)]
+    captured |= dict.fromkeys(_compat.symbol_inputs(graph, taken))
     attributes = []
-    for kind in ("condition", "body"):
+    for kind, module in (("condition", condition.finish(going)), ("body", body.finish(turned))):
         name = f"decoquant_{kind}_{core.node.name}"
-        setattr(graph.owning_module, name, modules[kind])
+        setattr(graph.owning_module, name, module)
         attributes.append(graph.get_attr(name))
     arguments: Any = (*attributes, tuple(x.node for x in start), _apart(graph, captured))
     looped: Recorded = fx.Proxy(graph.call_function(_compat.WHILE_LOOP, arguments), outer)
@@ -212,17 +210,16 @@ def _expand(graph: fx.Graph, body: Part, expansion: Expansion, made: dict[fx.Nod
     def sizes(node: fx.Node, slots: int) -> list[Any]:
         return [blocks.LENGTH if d == slots else _compat.size_node(graph, n) for d, n in enumerate(shape(node))]
 
+    empty, whole = expansion.empty, expansion.whole
     for other, dim in expansion.along.items():
-        if other in expansion.empty:
+        if other in empty:
             value = other.meta["val"]
             made[other] = body.call(aten.zeros.default, sizes(other, dim), dtype=value.dtype, device=value.device)
         else:
             made[other] = body.proxy(other).index_select(dim, place)
     for node, dim in expansion.nodes.items():
-        source = made.get(node.all_input_nodes[0])
-        if node in expansion.whole:
-            assert source is not None
-            made[node] = source
+        if node in whole:
+            made[node] = made[operand(node)]
         elif node.target in RESIZED:
             target = aten.reshape.default if node.target in REGROUPING else aten.expand.default
             made[node] = body.call(target, made[operand(node)], sizes(node, dim)).to(node.meta["val"].dtype)

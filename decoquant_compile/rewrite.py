@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from decoquant_compile import _compat, loop
-from decoquant_compile.dims import BHSD, Dims, arranged, is_plain, order, sizes
+from decoquant_compile.dims import BHSD, Dims, arranged, is_plain, order, order_back, sizes
 from decoquant_compile.kernels import ops
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.normalize import Normal, finish
@@ -358,8 +358,7 @@ class _Rewriter:
                 dense = dense[:, :, :-1]
             if not is_plain(dims):
                 dense = body.call(aten.reshape.default, dense, sizes)
-            places = order(dims)
-            return dense.permute([places.index(dim) for dim in range(len(places))])
+            return dense.permute(order_back(dims))
 
         return read
 
@@ -409,8 +408,7 @@ class _Rewriter:
                 parts = [self._size(buffer, dim) for dim in places]
                 dense = self.graph.call_function(aten.reshape.default, (dense, parts))
             if places != sorted(places):
-                back = [places.index(dim) for dim in range(len(places))]
-                dense = self.graph.call_function(aten.permute.default, (dense, back))
+                dense = self.graph.call_function(aten.permute.default, (dense, order_back(cache.dims)))
                 dense = self.graph.call_function(
                     aten.clone.default, (dense,), {"memory_format": torch.contiguous_format}
                 )

@@ -73,41 +73,6 @@ def _attend(
     )  # fmt: skip
 
 
-def _dequantise(
-    state: Tensor,
-    batch: int,
-    heads: int,
-    slots: int,
-    format: str,  # noqa: A002
-    after: Tensor | None = None,
-) -> Tensor:
-    del after
-    return reference.dequantise(state, batch, heads, slots, Format.parse(format))
-
-
-def _store_fake(*_args: object, **_kwargs: object) -> None:
-    """A write has no result."""
-
-
-def _attend_fake(query: Tensor, *args: object, **_kwargs: object) -> Tensor:
-    value_format = args[12]  # a sink may follow
-    assert isinstance(value_format, str)
-    return query.new_empty((*query.shape[:3], Format.parse(value_format).head_dim))
-
-
-def _dequantise_fake(
-    state: Tensor,
-    batch: int,
-    heads: int,
-    slots: int,
-    format: str,  # noqa: A002
-    after: Tensor | None = None,
-) -> Tensor:
-    del after
-    form = Format.parse(format)
-    return state.new_empty((batch, heads, slots, form.head_dim), dtype=form.dtype)
-
-
 def _stretch(
     state: Tensor,
     batch: int,
@@ -124,25 +89,35 @@ def _stretch(
     return reference.dequantise(state, batch, heads, slots, Format.parse(format), first, length)
 
 
-def _stretch_cuda(
-    state: Tensor,
-    batch: int,
-    heads: int,
-    slots: int,
-    first: int,
-    length: int,
-    format: str,  # noqa: A002
-    after: Tensor | None = None,
-    start: Tensor | None = None,
-) -> Tensor:
-    launches, form = triton.launches(), Format.parse(format)
-    if launches is None or form.head_dim > launches.HEAD_DIM_MAX:
-        return _stretch(state, batch, heads, slots, first, length, format, after, start)
-    return launches.dequantise(state, batch, heads, slots, form, first, length, start, wrap=lambda kernel: kernel)
+def _whole(stretch: Callable[..., Any]) -> Callable[..., Any]:
+    """What does with all slots as `stretch` does with some."""
+
+    def run(
+        state: Tensor,
+        batch: int,
+        heads: int,
+        slots: int,
+        format: str,  # noqa: A002
+        after: Tensor | None = None,
+    ) -> Any:
+        return stretch(state, batch, heads, slots, 0, slots, format, after)
+
+    return run
+
+
+def _store_fake(*_args: object, **_kwargs: object) -> None:
+    """A write has no result."""
+
+
+def _attend_fake(query: Tensor, *args: object, **_kwargs: object) -> Tensor:
+    value_format = args[12]  # a sink may follow
+    assert isinstance(value_format, str)
+    return query.new_empty((*query.shape[:3], Format.parse(value_format).head_dim))
 
 
 def _stretch_fake(state: Tensor, batch: int, heads: int, _slots: int, _first: int, length: int, *rest: Any) -> Tensor:
-    return _dequantise_fake(state, batch, heads, length, rest[0])
+    form = Format.parse(rest[0])
+    return state.new_empty((batch, heads, length, form.head_dim), dtype=form.dtype)
 
 
 def _native_or(portable: Callable[..., Any], method: str) -> Callable[..., Any]:
@@ -184,12 +159,13 @@ def _attend_triton(*args: Any) -> Callable[..., Tensor] | None:
     return lambda **wrap: launches.attend(*args[:12], *forms, sink=sink, **wrap)
 
 
-def _dequantise_triton(*args: Any) -> Callable[..., Tensor] | None:
+def _stretch_triton(*args: Any) -> Callable[..., Tensor] | None:
     """As `_attend_triton`."""
-    launches, form = triton.launches(), Format.parse(args[4])
+    start = args[8] if len(args) > 8 else None
+    launches, form = triton.launches(), Format.parse(args[6])
     if launches is None or form.head_dim > launches.HEAD_DIM_MAX:
         return None
-    return lambda **wrap: launches.dequantise(*args[:4], form, **wrap)
+    return lambda **wrap: launches.dequantise(*args[:4], form, *args[4:6], start, **wrap)
 
 
 def _is_static(args: Sequence[Any]) -> bool:
@@ -202,8 +178,24 @@ def _is_static(args: Sequence[Any]) -> bool:
     return all(type(n) is not torch.SymInt for n in (*args, *sizes))
 
 
-def _register_cuda(name: str, portable: Callable[..., Any], serve: Callable[..., Callable[..., Any] | None]) -> None:
-    """Launches where they serve, `portable` elsewhere; Inductor sees them and places them if all sizes are constant."""
+def _register(
+    schema: str,
+    portable: Callable[..., Any],
+    fake: Callable[..., Any],
+    serve: Callable[..., Callable[..., Any] | None],
+    *,
+    placed: bool = True,
+) -> None:
+    """An operator with kernels of its own on CPUs and, where launches serve, on GPUs; `portable` runs everywhere else.
+
+    If it is to be `placed`, Inductor sees the launches and places them if all sizes are constant.
+    """
+    name = schema.partition("(")[0]
+    # Any strides will do: else Inductor makes a copy of each argument that it has not laid out yet, at each use.
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    _LIBRARY.impl(name, portable, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"decoquant::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, _native_or(portable, name.rpartition("_")[0]), "CPU")
 
     def run(*args: Any) -> Any:
         launch = serve(*args)
@@ -214,37 +206,14 @@ def _register_cuda(name: str, portable: Callable[..., Any], serve: Callable[...,
         return NotImplemented if launch is None else launch()
 
     _LIBRARY.impl(name, run, "CUDA")
-    inline_when_traced(f"decoquant::{name}", inline, _LIBRARY)
-
-
-def _define(schema: str, portable: Callable[..., Any], fake: Callable[..., Any]) -> str:
-    """An operator that runs everywhere; its name."""
-    name = schema.partition("(")[0]
-    # Any strides will do: else Inductor makes a copy of each argument that it has not laid out yet, at each use.
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-    _LIBRARY.impl(name, portable, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"decoquant::{name}", fake, lib=_LIBRARY)
-    return name
-
-
-def _register(
-    schema: str,
-    portable: Callable[..., Any],
-    fake: Callable[..., Any],
-    serve: Callable[..., Callable[..., Any] | None],
-) -> None:
-    """An operator with kernels of its own on CPUs and GPUs."""
-    name = _define(schema, portable, fake)
-    _LIBRARY.impl(name, _native_or(portable, name.rpartition("_")[0]), "CPU")
-    _register_cuda(name, portable, serve)
+    if placed:
+        inline_when_traced(f"decoquant::{name}", inline, _LIBRARY)
 
 
 _register(_STORE, _store, _store_fake, _store_triton)
 _register(_ATTEND, _attend, _attend_fake, _attend_triton)
-_register(_DEQUANTISE, _dequantise, _dequantise_fake, _dequantise_triton)
-_define(_STRETCH, _stretch, _stretch_fake)
-_LIBRARY.impl("dequantise_stretch_v5", _native_or(_stretch, "dequantise_stretch"), "CPU")
-_LIBRARY.impl("dequantise_stretch_v5", _stretch_cuda, "CUDA")
+_register(_DEQUANTISE, _whole(_stretch), _whole(_stretch_fake), _whole(_stretch_triton))
+_register(_STRETCH, _stretch, _stretch_fake, _stretch_triton, placed=False)
 
 store: Final = torch.ops.decoquant.store_v4.default
 """`reference.store` with the format as a key."""

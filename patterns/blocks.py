@@ -40,22 +40,28 @@ class Expansion:
         seen: the caches as they are read, with the dim of their slots.
         nodes: what is computed for each slot alone, in the graph's order, with the dim along which slots stand; of
             several results (a split) that of each.
-        whole: of these, slices that keep the first slots: for some slots alone they change nothing.
         along: other tensors that have an element for each slot, with that dim.
-        empty: of these, new tensors that are zero, or not filled yet.
     """
 
     seen: Mapping[fx.Node, int]
     nodes: Mapping[fx.Node, int]
-    whole: frozenset[fx.Node]
     along: Mapping[fx.Node, int]
-    empty: frozenset[fx.Node]
+
+    @property
+    def whole(self) -> set[fx.Node]:
+        """Of `nodes`, slices that keep the first slots: for some slots alone they change nothing."""
+        return {node for node, dim in self.nodes.items() if _cuts(node, dim)}
+
+    @property
+    def empty(self) -> set[fx.Node]:
+        """Of `along`, new tensors that are zero, or not filled yet."""
+        return set(filter(_is_new, self.along))
 
     @property
     def others(self) -> list[fx.Node]:
         """Whatever else the nodes take, but for caches."""
-        taken = dict.fromkeys(n for node in self.nodes for n in operands(node))
-        return [n for n in taken if n not in self.nodes and n not in self.empty and n not in self.seen]
+        own = self.nodes.keys() | self.seen.keys() | self.empty
+        return [n for n in dict.fromkeys(n for node in self.nodes for n in operands(node)) if n not in own]
 
 
 def is_long(core: AttentionCore) -> bool:
@@ -87,7 +93,6 @@ def expansion(core: AttentionCore, seen: Mapping[fx.Node, int]) -> Expansion | N
             needed.add(node)
             todo += [] if node in seen else operands(node)
     slots = dict(seen)
-    whole: set[fx.Node] = set()
     along: dict[fx.Node, int] = {}
     for node in core.node.graph.nodes:
         if node not in needed or node in seen or _is_new(node) or node.target is aten.sym_size.int:
@@ -99,15 +104,13 @@ def expansion(core: AttentionCore, seen: Mapping[fx.Node, int]) -> Expansion | N
         if len(dims) != 1 or (dim := dims.pop()) is None or not _is_alone(node, dim, given):
             return None
         slots[node] = dim
-        if node.target is aten.slice.Tensor and argument(node, "dim") % len(shape(node)) == dim:
-            whole.add(node)
         for other, at in _along(node, dim, given):
             if along.setdefault(other, at) != at:
                 return None
     if (slots.get(core.key), slots.get(core.value)) != (2, 2) or not needed.issuperset(seen):
         return None
     nodes = {node: dim for node, dim in slots.items() if node not in seen}
-    return Expansion(dict(seen), nodes, frozenset(whole), along, frozenset(filter(_is_new, along)))
+    return Expansion(dict(seen), nodes, along)
 
 
 def _is_new(node: fx.Node) -> bool:
@@ -115,14 +118,17 @@ def _is_new(node: fx.Node) -> bool:
     return getattr(node.target, "overloadpacket", None) in _NEW
 
 
+def _cuts(node: fx.Node, dim: int) -> bool:
+    """Whether a node is a slice along a dim."""
+    return node.target is aten.slice.Tensor and argument(node, "dim") % len(shape(node)) == dim
+
+
 def _is_alone(node: fx.Node, dim: int, given: set[fx.Node]) -> bool:
     """Whether each slot of a result along `dim` is made from the same slot of the operands `given`."""
     target = node.target
-    if target in _SPLITS or target is aten.cat.default:
+    if target in _SPLITS or target in _JOINS:
         return argument(node, "dim") % len(shape(next(iter(given)))) != dim
-    if target is aten.slice_scatter.default:
-        return argument(node, "dim") % len(shape(node)) != dim
-    if target is aten.slice.Tensor and argument(node, "dim") % len(shape(node)) == dim:
+    if _cuts(node, dim):
         span = sliced(node)
         return span is not None and span.first == 0
     if target is aten.einsum.default:

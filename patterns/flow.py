@@ -25,7 +25,7 @@ _KEEPING = {
     *(aten.view_as_complex.default, aten.view_as_real.default),
 }
 _PAIRING = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
-SHAPED = {
+_SHAPED = {
     *(aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like),
     *(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full),
 }
@@ -73,7 +73,7 @@ def attentions(
 
 def _ignores(node: fx.Node, user: fx.Node) -> bool:
     """Whether a user of `node` does not look at its elements."""
-    if getattr(user.target, "overloadpacket", None) in SHAPED or user.target is aten.sym_size.int:
+    if getattr(user.target, "overloadpacket", None) in _SHAPED or user.target is aten.sym_size.int:
         return True
     return user.target is aten.copy.default and user.args[1] is not node
 

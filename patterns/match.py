@@ -111,6 +111,11 @@ class RebuiltSite:
     caches: tuple[RebuiltCache, ...]
     expansion: Expansion | None = None
 
+    @property
+    def buffers(self) -> set[fx.Node]:
+        """What its caches are written into."""
+        return {cache.write.buffer for cache in self.caches}
+
 
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 _LINEAR = {
@@ -275,32 +280,31 @@ class _Matcher:
             results: all sites.
             read: the attentions that are understood but for where their keys and values come from.
         """
-        sites = [site for site in results if isinstance(site, RebuiltSite)]
-        with_cores = [(site.reject.core, site) for site in sites]
-        by_node = {core.node: (core, site) for core, site in with_cores if core is not None and core.node in read}
-        found: dict[fx.Node, Expansion] = {}
-        for node, (core, site) in by_node.items():
-            writes = [cache.write for cache in site.caches]
-            if all(map(_is_readable, writes)) and blocks.is_long(core) and _is_even(core):
-                expanded = blocks.expansion(core, {write.seen: write.slot_dim for write in writes})
-                found |= {} if expanded is None else {node: expanded}
-        while found:
-            chosen = {id(by_node[node][1]): by_node[node][1] for node in found}
-            writes = list({c.write.cache: c.write for site in chosen.values() for c in site.caches}.values())
-            kept: list[object] = []
-            for write in writes:
-                kept += [write.new, write.positions, write.start, write.kept] if write.writes else []
-            for node, expanded in found.items():
-                core = by_node[node][0]
-                kept += [core.query, core.mask, core.sink, *expanded.others]
-            needed = {n for n, _ in self._needed({w.buffer for w in writes}, {w.cache for w in writes}, kept, found)}
-            needed |= {c.write.buffer for site in sites if id(site) not in chosen for c in site.caches}
-            left = {n: e for n, e in found.items() if all(c.write.buffer not in needed for c in by_node[n][1].caches)}
-            if len(left) == len(found):
-                by_site = {id(by_node[n][1]): replace(by_node[n][1], expansion=e) for n, e in found.items()}
-                return [by_site.get(id(x), x) for x in results]
-            found = left
+        results = [_expanded(x, read) if isinstance(x, RebuiltSite) else x for x in results]
+        while dense := self._dense([x for x in results if isinstance(x, RebuiltSite)]):
+            results = [
+                replace(x, expansion=None) if isinstance(x, RebuiltSite) and not dense.isdisjoint(x.buffers) else x
+                for x in results
+            ]
         return results
+
+    def _dense(self, sites: Sequence[RebuiltSite]) -> set[fx.Node]:
+        """The caches that some site takes a block at a time and something else as a whole."""
+        expanded = [(site, site.expansion, site.reject.core) for site in sites if site.expansion is not None]
+        if not expanded:
+            return set()
+        writes = list({cache.write.cache: cache.write for site, *_ in expanded for cache in site.caches}.values())
+        kept: list[object] = []
+        for write in writes:
+            kept += [write.new, write.positions, write.start, write.kept] if write.writes else []
+        rewritten: set[fx.Node] = set()
+        for _, expansion, core in expanded:
+            assert core is not None  # only such sites are expanded
+            rewritten.add(core.node)
+            kept += [core.query, core.mask, core.sink, *expansion.others]
+        held = {write.buffer for write in writes}
+        needed = {node for node, _ in self._needed(held, {write.cache for write in writes}, kept, rewritten)}
+        return needed | {node for site in sites if site.expansion is None for node in held & site.buffers}
 
     def _is_read(self, cache: fx.Node) -> bool:
         """Whether some attention reads the cache after all, so that its reject tells why nobody claimed it."""
@@ -485,6 +489,16 @@ def _dims(write: CacheWrite) -> Dims | None:
     if write.partial not in (None, batch) or not isinstance(sizes[channel], int):
         return None
     return batch, head, slot, channel
+
+
+def _expanded(site: RebuiltSite, read: Container[fx.Node]) -> RebuiltSite:
+    """A site with its expansion, if it has one, and needs one; `read` as of `_expand`."""
+    core, writes = site.reject.core, [cache.write for cache in site.caches]
+    if core is None or core.node not in read or not blocks.is_long(core) or not _is_even(core):
+        return site
+    if not all(map(_is_readable, writes)):
+        return site
+    return replace(site, expansion=blocks.expansion(core, {write.seen: write.slot_dim for write in writes}))
 
 
 def _is_readable(write: CacheWrite) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from decoquant_compile.normalize import Normal, finish, normalise, unsupported
 from decoquant_compile.patterns.match import Site, match
@@ -84,3 +85,17 @@ def cached_arguments(tokens=1) -> tuple[torch.Tensor, ...]:
     """Query, keys, values, key cache, value cache, positions, mask."""
     mask = torch.ones(1, 1, tokens, SLOTS, dtype=torch.bool)
     return queries(tokens), new(tokens), new(tokens), cache(), cache(), torch.arange(3, 3 + tokens), mask
+
+
+def assemble(x):
+    """Twice the channels, put together in a buffer, every other one of them."""
+    whole = x.new_empty(BATCH, HEADS, SLOTS, 2 * CHANNELS)
+    whole[..., :CHANNELS] = x
+    whole[..., CHANNELS:] = x.exp()
+    return whole[..., ::2]
+
+
+def project(x):
+    """A linear map over the channels of all heads."""
+    x = F.linear(x.transpose(1, 2).reshape(BATCH, SLOTS, -1), torch.ones(3 * HEADS * CHANNELS, HEADS * CHANNELS))
+    return x.view(BATCH, SLOTS, 3, HEADS, CHANNELS).unbind(2)[1].transpose(1, 2)

@@ -9,7 +9,7 @@ from decoquant_compile.patterns import blocks
 from decoquant_compile.patterns.attention import cores
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.match import RebuiltSite
-from tests.graphs import BATCH, CHANNELS, HEADS, SLOTS, cache, capture, queries, results_of
+from tests.graphs import BATCH, CHANNELS, HEADS, SLOTS, assemble, cache, capture, project, queries, results_of
 
 T = torch.randn(HEADS, SLOTS, CHANNELS)
 W = torch.randn(CHANNELS, CHANNELS)
@@ -40,18 +40,6 @@ def rotate(x):
 
 def turn(x):
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * T[..., :2].mean()).flatten(-2)
-
-
-def assemble(x):
-    whole = x.new_empty(BATCH, HEADS, SLOTS, 2 * CHANNELS)
-    whole[..., :CHANNELS] = x
-    whole[..., CHANNELS:] = x.exp()
-    return whole[..., ::2]
-
-
-def project(x):
-    x = F.linear(x.transpose(1, 2).reshape(BATCH, SLOTS, -1), torch.ones(3 * HEADS * CHANNELS, HEADS * CHANNELS))
-    return x.view(BATCH, SLOTS, 3, HEADS, CHANNELS).unbind(2)[1].transpose(1, 2)
 
 
 def both(x):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from decoquant_compile.patterns import flow
 from decoquant_compile.patterns.attention import anchors, readers
-from tests.graphs import BATCH, CHANNELS, HEADS, SLOTS, cache, capture, queries
+from tests.graphs import BATCH, CHANNELS, HEADS, SLOTS, assemble, cache, capture, project, queries
 
 T = torch.randn(HEADS, SLOTS, CHANNELS)
 
@@ -31,18 +31,6 @@ def attend(q, k, v):
 def rotate(x):
     a, b = x.chunk(2, -1)
     return torch.cat([x * 0.5, torch.cat([-b, a], -1)], -1)[..., :CHANNELS] + T.sin()
-
-
-def assemble(x):
-    whole = x.new_empty(BATCH, HEADS, SLOTS, 2 * CHANNELS)
-    whole[..., :CHANNELS] = x
-    whole[..., CHANNELS:] = x.exp()
-    return whole[..., ::2]
-
-
-def project(x):
-    x = F.linear(x.transpose(1, 2).reshape(BATCH, SLOTS, -1), torch.ones(3 * HEADS * CHANNELS, HEADS * CHANNELS))
-    return x.view(BATCH, SLOTS, 3, HEADS, CHANNELS).unbind(2)[1].transpose(1, 2)
 
 
 @pytest.mark.parametrize("prepare", [torch.exp, rotate, assemble, project, lambda x: F.layer_norm(x, (CHANNELS,))])
