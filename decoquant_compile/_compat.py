@@ -19,7 +19,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo import error_on_graph_break as _error_on_graph_break
 from torch._dynamo import eval_frame
 from torch._dynamo.cache_size import compute_cache_size
-from torch._dynamo.exc import RestartAnalysis, SkipFrame, TensorifyScalarRestartAnalysis, UserError, UserErrorType
+from torch._dynamo.exc import RestartAnalysis, SkipFrame, TensorifyScalarRestartAnalysis, TorchRuntimeError
 from torch._dynamo.source import SyntheticLocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._dynamo.utils import counters as dynamo_counters
@@ -125,9 +125,9 @@ def make_constant(inputs: Iterable[fx.Node]) -> None:
         raise TensorifyScalarRestartAnalysis
 
 
-def user_error(message: str) -> Exception:
-    """An exception that ends Dynamo's tracing and reaches the user."""
-    return UserError(UserErrorType.INVALID_INPUT, message)
+def tracing_error(message: str) -> Exception:
+    """An exception that ends Dynamo's tracing and reaches the user: after a `UserError` it goes on without a graph."""
+    return TorchRuntimeError(message)
 
 
 def compilers_in_use() -> Iterator[object]:

@@ -463,7 +463,7 @@ def _require_own_backend() -> bool:
     """Refuse, at trace time, a compiler that does not know handles: its graph would read freed memory."""
     if any(getattr(compiler, "_decoquant_backend", False) for compiler in _compat.compilers_in_use()):
         return True
-    raise _compat.user_error(
+    raise _compat.tracing_error(
         f"a cache tensor in this graph is packed by decoquant_compile, but the backend is another one; {_RESTORE}"
     )
 

@@ -390,7 +390,7 @@ def test_a_handle_in_the_graph_of_another_backend_is_refused(other):
     torch.compiler.reset()
     fn = torch.compile(lambda keys: keys * 2, backend=other)
     message = r"packed by decoquant_compile, but the backend is another one.*restore"
-    with pytest.raises(torch._dynamo.exc.UserError, match=message):
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match=message):
         fn(ours[3])
     torch.compiler.reset()
     restore(ours[3])
