@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -31,6 +31,16 @@ _SHAPED = {
 }
 NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+_ORDERING = {
+    *(aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable),
+    *(aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim),
+}
+_JUMPING = {
+    *(aten.sign.default, aten.sgn.default, aten.heaviside.default, aten.frac.default, aten.nan_to_num.default),
+    *(aten.floor.default, aten.ceil.default, aten.trunc.default, aten.round.default, aten.round.decimals),
+    *(aten.fmod.Tensor, aten.fmod.Scalar, aten.remainder.Tensor, aten.remainder.Scalar),
+    *(aten.floor_divide.default, aten.floor_divide.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode),
+}
 
 
 def attentions(
@@ -69,6 +79,35 @@ def attentions(
             elif not (multiplied or _ignores(node, user) or (user.op == "output" and node is value)):
                 return set()
     return found
+
+
+def decides(start: fx.Node, readers: Container[fx.Node]) -> bool:
+    """Whether a graph might act on exact elements of a tensor: it compares, rounds or counts them, or we know not.
+
+    Sums and functions of numbers that are a little off are a little off, and the greatest few of them are nearly as
+    great; but what is 0 in the tensor would be another element than before.
+
+    Args:
+        start: the tensor.
+        readers: as of `attentions`; what an attention makes of the tensor is not followed.
+    """
+    seen: set[fx.Node] = set()
+    todo = [start]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if user in seen or user in readers or user.op == "output" or _ignores(node, user):
+                continue
+            seen.add(user)
+            made, part = user.meta.get("val"), user.target is operator.getitem
+            if not part and (getattr(user.target, "namespace", None) != "aten" or user.target in _JUMPING):
+                return True
+            several = isinstance(made, list | tuple)
+            if several or (isinstance(made, torch.Tensor) and (made.is_floating_point() or made.is_complex())):
+                todo.append(user)
+            elif (node.target if part else user.target) not in _ORDERING:
+                return True
+    return False
 
 
 def _ignores(node: fx.Node, user: fx.Node) -> bool:

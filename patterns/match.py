@@ -191,6 +191,7 @@ class _Matcher:
             read = CacheWrite("read", buffer, buffer, buffer, slot, buffer, is_stretch=is_stretch)
             self._learn(buffer, buffer, read)
         self.read_by: dict[fx.Node, dict[fx.Node, object]] = {}  # cache -> attentions -> caches of keys and values
+        self.sides: dict[fx.Node, set[tuple[fx.Node, flow.Side]]] = {}  # cache -> attentions whose operand it is
 
     def _learn(self, cache: fx.Node, value: fx.Node, write: CacheWrite | Problem) -> None:
         if isinstance(write, Problem):
@@ -216,6 +217,9 @@ class _Matcher:
                 caches = tuple(side.write.cache for side in pair if isinstance(side, _Operand))
                 for cache in caches:
                     self.read_by.setdefault(cache, {})[core.node] = caches
+                for side, operand_ in zip(("key", "value"), pair, strict=True):
+                    if isinstance(operand_, _Operand) and not operand_.own:
+                        self.sides.setdefault(operand_.write.cache, set()).add((core.node, side))
         sites: dict[fx.Node, Site | Problem] = {}
         for core in found:
             if isinstance(core, AttentionCore):
@@ -246,6 +250,12 @@ class _Matcher:
             read: as of `_expand`.
         """
         held = {w.cache for site in joined.values() if isinstance(site, Site) for w in (site.key, site.value)}
+        at = {x.core.node: anchor for anchor, x in joined.items() if x.core is not None}
+        escaped = {
+            x.core.node
+            for x in joined.values()
+            if isinstance(x, Reject) and x.core is not None and x.reason is Reason.CACHE_VALUE_ESCAPES
+        }
         mutating = {value for value, _ in self.mutations}
         reading: dict[fx.Node, list[tuple[RebuiltCache, set[flow.Side]]]] = {}
         for cache, write in self.writes.items():
@@ -255,6 +265,8 @@ class _Matcher:
                 continue
             start = write.seen if write.born else write.buffer
             reached = flow.attentions(start, write.slot_dim, self.readers, write.value)
+            if not reached and not self._is_shown(write) and not flow.decides(start, self.readers):
+                reached = {(at[node], side) for node, side in self.sides.get(cache, ()) if node in escaped}
             dims = _dims(write)
             if not reached or dims is None:
                 continue
@@ -305,6 +317,13 @@ class _Matcher:
         held = {write.buffer for write in writes}
         needed = {node for node, _ in self._needed(held, {write.cache for write in writes}, kept, rewritten)}
         return needed | {node for site in sites if site.expansion is None for node in held & site.buffers}
+
+    def _is_shown(self, write: CacheWrite) -> bool:
+        """Whether the graph returns a cache besides as what it becomes: its elements, moved."""
+        return any(
+            x is not write.value and peel(x, until={write.seen, write.buffer}).source in (write.seen, write.buffer)
+            for x in self.outputs
+        )
 
     def _is_read(self, cache: fx.Node) -> bool:
         """Whether some attention reads the cache after all, so that its reject tells why nobody claimed it."""

@@ -58,6 +58,21 @@ def tiled_heads(layer, q, keys, values, mask):
     return F.scaled_dot_product_attention(q, keys, values, mask)
 
 
+def chosen_blocks(layer, q, keys, values, mask):
+    """The queries see the blocks of keys whose greatest elements they like best."""
+    limits = keys.unflatten(2, (-1, 8)).amax(3).repeat_interleave(HEADS // KV_HEADS, 1)
+    best = (q @ limits.mT).amax(2, keepdim=True).topk(4).indices
+    seen = torch.zeros(*q.shape[:2], 1, SLOTS // 8).scatter(3, best, 1.0).repeat_interleave(8, 3) > 0
+    seen = mask & (seen | (torch.arange(SLOTS) >= SLOTS - 8) | (torch.arange(SLOTS) < 8))
+    return F.scaled_dot_product_attention(q, keys, values, seen, enable_gqa=True)
+
+
+def bias_by_values(layer, q, keys, values, mask):
+    bias = torch.tanh(values.transpose(1, 2).flatten(2) @ layer.up.weight[:HEADS, : values.shape[1] * CHANNELS].T)
+    bias = bias.transpose(1, 2)[:, :, None].masked_fill(~mask, -1e9)
+    return F.scaled_dot_product_attention(q, keys, values, bias, enable_gqa=True)
+
+
 @pytest.fixture
 def whole(request, monkeypatch):
     """Whether caches are rebuilt as a whole; otherwise, where keys and values allow it, 16 slots at a time."""
@@ -74,7 +89,7 @@ def assert_in_blocks(session, whole):
     assert details == {not whole}
 
 
-READS = [rotary_after_the_cache, latent, weights_are_used_twice, sink, tiled_heads]
+READS = [rotary_after_the_cache, latent, weights_are_used_twice, sink, tiled_heads, chosen_blocks, bias_by_values]
 
 
 def forms(session):

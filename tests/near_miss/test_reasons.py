@@ -89,7 +89,7 @@ def growing_and_cropped_at_the_end(q, k, v, keys, values, positions, mask):
     return attend(q, keys, values), keys[:, :, :-1], values[:, :, :-1]
 
 
-@miss(Reason.CACHE_VALUE_ESCAPES)
+@miss(Reason.CACHE_VALUE_ESCAPES, rebuilt=2)
 def growing_and_used(q, k, v, keys, values, positions, mask):
     keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
     return attend(q, keys, values), keys, values, keys.sum()
@@ -108,7 +108,7 @@ def growing_only_by_keys(q, k, v, keys, values, positions, mask):
     return attend(q, keys[:, :, : values.shape[2]], values), keys
 
 
-@miss(Reason.CACHE_VALUE_ESCAPES)
+@miss(Reason.CACHE_VALUE_ESCAPES, rebuilt=2)
 def a_new_cache_beside_the_old_one(q, k, v, keys, values, positions, mask):
     after = keys.index_copy(2, positions, k), values.index_copy(2, positions, v)
     return attend(q, *after, mask), *after, keys + 1
@@ -207,13 +207,13 @@ def another_attention_stays(q, k, v, keys, values, positions, mask):
     return attend(q, keys, values, mask) + F.scaled_dot_product_attention(q, *tiled, mask)
 
 
-@miss(Reason.CACHE_VALUE_ESCAPES, number=2)
+@miss(Reason.CACHE_VALUE_ESCAPES, number=2, rebuilt=2)
 def shared_and_summed(q, k, v, keys, values, positions, mask):
     write(keys, values, positions, k, v)
     return attend(attend(q, keys, values, mask) + values.sum(), keys, values, mask)
 
 
-@miss(Reason.CACHE_VALUE_ESCAPES)
+@miss(Reason.CACHE_VALUE_ESCAPES, rebuilt=2)
 def summed_as_well(q, k, v, keys, values, positions, mask):
     write(keys, values, positions, k, v)
     return attend(q, keys, values, mask), keys.sum()
@@ -224,20 +224,20 @@ def returned(q, k, v, keys, values, positions, mask):
     return attend(q, keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v), mask), keys.clone()
 
 
-@miss(Reason.CACHE_VALUE_ESCAPES)
+@miss(Reason.CACHE_VALUE_ESCAPES, rebuilt=2)
 def read_before(q, k, v, keys, values, positions, mask):
     norm = keys.norm()
     write(keys, values, positions, k, v)
     return attend(q, keys, values, mask), norm
 
 
-@miss(Reason.CACHE_VALUE_ESCAPES)
+@miss(Reason.CACHE_VALUE_ESCAPES, rebuilt=2)
 def the_new_token_depends_on_the_cache(q, k, v, keys, values, positions, mask):
     write(keys, values, positions, k + keys.mean(2, keepdim=True), v)
     return attend(q, keys, values, mask)
 
 
-@miss(Reason.CACHE_VALUE_ESCAPES)
+@miss(Reason.CACHE_VALUE_ESCAPES, rebuilt=2)
 def the_query_depends_on_the_cache(q, k, v, keys, values, positions, mask):
     write(keys, values, positions, k, v)
     return attend(q + keys.mean(), keys, values, mask)
@@ -247,6 +247,26 @@ def the_query_depends_on_the_cache(q, k, v, keys, values, positions, mask):
 def the_mask_depends_on_the_cache(q, k, v, keys, values, positions, mask):
     write(keys, values, positions, k, v)
     return attend(q, keys, values, mask & (keys[:1, :1, None, :, 0] != 0).squeeze(0))
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES)
+def zeros_are_counted(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q, keys, values, mask), keys.sum(-1).count_nonzero()
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES)
+def signs_are_taken(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    return attend(q * values.mean(2, keepdim=True).sign()[:, :1], keys, values, mask)
+
+
+@miss(Reason.CACHE_VALUE_ESCAPES, rebuilt=2)
+def keys_of_high_scores_are_chosen(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    scores = keys.unflatten(2, (-1, 4)).amax(3).mean((0, 1, 3))
+    chosen = torch.zeros(SLOTS // 4).scatter(0, scores.topk(2).indices, 1.0).repeat_interleave(4) > 0
+    return attend(q, keys, values, mask & chosen)
 
 
 @miss(Reason.COMPUTE_AFTER_CACHE)
@@ -418,7 +438,7 @@ def the_mask_depends_on_the_logits(q, k, v, keys, values, positions, mask):
     return torch.where(q @ keys.mT > 0, q @ keys.mT, -1e9).softmax(-1) @ values
 
 
-@miss(Reason.CACHE_VALUE_ESCAPES)
+@miss(Reason.CACHE_VALUE_ESCAPES, rebuilt=2)
 def the_scale_depends_on_the_cache(q, k, v, keys, values, positions, mask):
     write(keys, values, positions, k, v)
     scale = keys.norm()
