@@ -386,6 +386,8 @@ class _Rewriter:
             rows = None
             if write.partial is not None:
                 new, rows = self._padded(new, self._size(new, 0), self._roles(write.cache, dims)[0])
+            if write.is_ragged:
+                new, stored, rows = self._spread(new, stored)
             self.graph.call_function(ops.store, (state, new, stored, None, None, slots, shift, 0, format_.key(), rows))
 
     def _dense(self, cache: RebuiltCache, state: fx.Node, format_: Format, slots: Int, first: Int) -> fx.Node | None:
@@ -426,6 +428,21 @@ class _Rewriter:
         rows = self.graph.call_function(aten.lt.Scalar, (rows, written))
         rows = self.graph.call_function(aten.unsqueeze.default, (rows, 1))
         return new, self.graph.call_function(aten.expand.default, (rows, [batch, tokens]))
+
+    def _spread(self, new: fx.Node, positions: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """Tokens at positions of each sequence, [batch, tokens], as tokens of all at the same, and whose they are.
+
+        Each sequence gets the tokens of all, of which only its own are stored.
+        """
+        call, (batch, heads, tokens, channels) = self.graph.call_function, (self._size(new, dim) for dim in range(4))
+        everybody = call(operator.mul, (batch, tokens))
+        moved = call(aten.transpose.int, (new, 0, 1))
+        moved = call(aten.reshape.default, (moved, [1, heads, everybody, channels]))
+        moved = call(aten.expand.default, (moved, [batch, -1, -1, -1]))
+        places = call(aten.reshape.default, (positions, [everybody]))
+        owners = call(aten.floor_divide.default, (self._arange(0, everybody, new), tokens))
+        sequences = call(aten.unsqueeze.default, (self._arange(0, batch, new), 1))
+        return moved, places, call(aten.eq.Tensor, (sequences, owners))
 
     def _tokens(self, write: CacheWrite, dims: Dims) -> fx.Node:
         """The new tokens as the cache would hold them: its dtype, [batch, heads, tokens, channels]."""
@@ -547,6 +564,8 @@ def _storing(sites: Sequence[Site]) -> list[Site]:
 
 def _held(write: CacheWrite) -> Int | None:
     """What bounds the tokens that a cache held before a write: their number, or the slots written."""
+    if write.is_ragged:  # what is left over of one sequence is another's
+        return None
     return next((x for x in (write.positions, write.start, write.kept) if x is not None), None)
 
 

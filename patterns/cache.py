@@ -47,7 +47,8 @@ class CacheWrite:
         new: the tokens written, dims in the buffer's order; sizes are those of the buffer but for `slot_dim`; where its
             dtype differs, the write casts. With "append" and "replace" it may be longer than what stays.
         slot_dim: dim of the buffer along which tokens are placed.
-        positions: int64 [tokens], the slot of each new token (index forms).
+        positions: int64 [tokens], the slot of each new token (index forms); [batch, tokens] where each sequence has its
+            own.
         start: slot of the first new token; the others follow (slice form).
         kept: tail forms: slots [0, kept) held tokens, and the cache becomes the last slots of `cat(cache[:kept], new)`.
             "roll" keeps all and has one token; "replace" keeps none. "cat": the buffer has so many slots, and the
@@ -90,6 +91,11 @@ class CacheWrite:
     def grows(self) -> bool:
         """Whether the tensor shows a part of a state with room for more."""
         return self.form == "cat" or self.is_stretch
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether each sequence has positions of its own."""
+        return self.positions is not None and len(shape(self.positions)) == 2
 
     @property
     def writes(self) -> bool:
@@ -209,6 +215,8 @@ def _index_copy(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | 
 def _index_put(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
     base = plain(argument(seen, "self"))
     given = [(dim, index) for dim, index in enumerate(argument(seen, "indices")) if index is not None]
+    if len(given) == 2 and not argument(seen, "accumulate"):
+        return _by_sequence(buffer, value, seen, base, given)
     if len(given) != 1 or argument(seen, "accumulate"):
         return Problem(Reason.UNKNOWN_WRITE, f"index_put by {len(given)} indices, or accumulating")
     dim, positions = given[0]
@@ -220,6 +228,60 @@ def _index_put(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | P
         return problem
     write = CacheWrite("index_put", buffer, value, argument(seen, "values"), dim, seen, positions, wraps=True)
     return _placed(write, shape(positions)[0])
+
+
+def _by_sequence(
+    buffer: fx.Node, value: fx.Node, seen: fx.Node, base: fx.Node, given: Sequence[tuple[int, fx.Node]]
+) -> CacheWrite | Problem:
+    """Each sequence at positions of its own: `cache[arange(batch)[:, None], :, positions]`."""
+    batch = _outermost(slot_dim := next((dim for dim, index in given if not _counts(index)), 0))
+    indices, sizes = dict(given), shape(buffer)
+    if (problem := _base_problem(buffer, base)) is not None:
+        return problem
+    if batch not in indices or len(sizes) not in (3, 4) or dtype(indices[slot_dim]) != torch.int64:
+        return Problem(Reason.UNKNOWN_WRITE, f"index_put by {' and '.join(str(i) for _, i in given)}")
+    positions, counted = indices[slot_dim], peel(indices[batch])
+    places, rank = shape(positions), len(shape(positions))
+    block = (*places, *(n for d, n in enumerate(sizes) if d not in indices))  # what is indexed comes first
+    if (
+        rank not in (1, 2)
+        or _arange(counted.source) is None
+        or not same_shape(shape(indices[batch]), (sizes[batch], 1)[:rank])
+        or not known(places[0] == sizes[batch])
+        or not is_identity(counted)
+        or not _fills(shape(argument(seen, "values")), block)
+    ):
+        return Problem(Reason.UNKNOWN_WRITE, f"index_put of {list(block)} by {indices[batch]} and {positions}")
+    new = argument(seen, "values")
+    with buffer.graph.inserting_after(_last(new, positions)):
+        if rank == 1:
+            new = computed(buffer.graph, aten.unsqueeze.default, new, 1)
+    if rank == 1:
+        with buffer.graph.inserting_after(new):
+            positions = computed(buffer.graph, aten.unsqueeze.default, positions, 1)
+    kept = iter(range(2, len(sizes)))
+    order = [0 if d == batch else 1 if d == slot_dim else next(kept) for d in range(len(sizes))]
+    with buffer.graph.inserting_after(_last(new, positions)):
+        new = computed(buffer.graph, aten.permute.default, new, order)
+    return CacheWrite("index_put", buffer, value, new, slot_dim, seen, positions, wraps=True)
+
+
+def _fills(sizes: tuple[Size, ...], block: tuple[Size, ...]) -> bool:
+    """Whether values of such sizes fill what is indexed, or PyTorch refuses them: one for all is no other way."""
+    pairs = zip(sizes, block, strict=False)
+    return len(sizes) == len(block) and all(
+        known(a == b) or (not isinstance(a, int) and known(a > 1)) for a, b in pairs
+    )
+
+
+def _counts(index: fx.Node) -> bool:
+    """Whether an index is `arange`, moved."""
+    return _arange(peel(index).source) is not None
+
+
+def _outermost(slot_dim: int) -> int:
+    """The dim of the sequences, which stand outside of heads."""
+    return 1 if slot_dim == 0 else 0
 
 
 def _roll(
@@ -262,26 +324,30 @@ def _partial(buffer: fx.Node, value: fx.Node, seen: fx.Node, part: fx.Node, dim:
     write = FORMS[part.target](base, value, part)
     if isinstance(write, Problem):
         return write
-    outermost = 1 if write.slot_dim == 0 else 0  # sequences stand outside of heads
-    if dim != outermost or write.kept is not None or write.partial is not None:
+    if dim != _outermost(write.slot_dim) or write.kept is not None or write.partial is not None or write.is_ragged:
         return problem
     return replace(write, buffer=buffer, seen=seen, partial=dim)
 
 
 def _scatter(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
-    """Elements at indices that are the same for all batches, heads and channels."""
+    """Elements at indices that are the same for all heads and channels, and for all sequences or not."""
     dim, index, source = argument(seen, "dim") % len(shape(seen)), argument(seen, "index"), argument(seen, "src")
     if (problem := _base_problem(buffer, seen.args[0])) is not None:
         return problem
     walk = peel(index)
+    batch = _outermost(dim)
     for positions in (*reversed(walk.nodes), walk.source):
-        if len(shape(positions)) != 1 or dtype(positions) != torch.int64:
+        rank = len(shape(positions))
+        if rank not in (1, 2) or dtype(positions) != torch.int64 or (rank == 2 and len(shape(buffer)) not in (3, 4)):
             continue
-        tokens = shape(positions)[0]
+        tokens = shape(positions)[-1]
         block = (*shape(buffer)[:dim], tokens, *shape(buffer)[dim + 1 :])
         dims = peel(index, until={positions}).axes.dims
-        alone = all(not isinstance(atom, int) for d, atoms in enumerate(dims) if d != dim for atom in atoms)
-        along = dims[dim] == (0,) or known(tokens == 1)
+        of = {dim: (rank - 1, tokens), **({batch: (0, shape(buffer)[batch])} if rank == 2 else {})}
+        alone = all(not isinstance(atom, int) for d, atoms in enumerate(dims) if d not in of for atom in atoms)
+        along = all(dims[d] == (axis,) or known(size == 1) for d, (axis, size) in of.items())
+        if rank == 2 and not same_shape(shape(positions), (shape(buffer)[batch], tokens)):
+            continue
         if alone and along and same_shape(shape(index), block) and same_shape(shape(source), block):
             return _placed(CacheWrite("scatter", buffer, value, source, dim, seen, positions), tokens)
     return Problem(Reason.UNKNOWN_WRITE, f"scatter of {list(shape(source))} by {index}")
@@ -418,7 +484,7 @@ def _pair(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Proble
         return Problem(Reason.TWO_WRITES, f"{base} before")
     first, second = halves[0], halves[1]
     for half in (first, second):
-        if half.kept is not None or half.partial is not None:
+        if half.kept is not None or half.partial is not None or half.is_ragged:
             return Problem(Reason.UNKNOWN_WRITE, f"{half.form} of {half.new} into a half of {buffer}")
     places = [(half.form, half.slot_dim, half.positions, half.start, dtype(half.new)) for half in (first, second)]
     if not same_value(*places):
@@ -477,7 +543,8 @@ def _placed(write: CacheWrite, tokens: Size) -> CacheWrite | Problem:
         new = operand(new)  # what `copy` is made from; the write casts
     walk = peel(new)
     for node in (*reversed(walk.nodes), walk.source):
-        if same_shape(shape(node), tuple(block)) and is_identity(peel(new, until={node})):
+        fits = _fills if write.form == "index_put" else same_shape
+        if fits(shape(node), tuple(block)) and is_identity(peel(new, until={node})):
             return replace(write, new=plain(node), slot_dim=dim)
     return Problem(Reason.UNKNOWN_WRITE, f"tokens of shape {list(shape(new))} written as {block}")
 

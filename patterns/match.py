@@ -385,6 +385,8 @@ class _Matcher:
         for write in (k, v):
             if write.partial is not None:
                 return Problem(Reason.PARTIAL_BATCH, f"{write.buffer} is written along a part of dim {write.partial}")
+            if write.is_ragged:
+                return Problem(Reason.RAGGED, f"{write.buffer} at {write.positions}")
         for cache in (k.cache, v.cache):
             if any(others != (k.cache, v.cache) for others in self.read_by[cache].values()):
                 names = ", ".join(n.name for n in self.read_by[cache])
@@ -522,7 +524,7 @@ def _expanded(site: RebuiltSite, read: Container[fx.Node]) -> RebuiltSite:
 
 def _is_readable(write: CacheWrite) -> bool:
     """Whether what an attention sees of a cache is its slots before the write and the new tokens in their places."""
-    if write.born or write.partial is not None or write.form in ("roll", "append", "replace"):
+    if write.born or write.partial is not None or write.is_ragged or write.form in ("roll", "append", "replace"):
         return False
     return write.form != "cat" or write.kept != 0
 

@@ -24,6 +24,7 @@ class Reason(enum.Enum):
     TWO_WRITES = "the cache is written twice in one graph"
     PARTIAL_BATCH = "only a part of the cache's batch is written or read"
     POSITIONS_DIFFER = "keys and values are written or read at different positions"
+    RAGGED = "each sequence is written at positions of its own"
     SAME_TENSOR = "keys and values share one tensor"
     SHARED_CACHE = "several attentions read this cache, and not all of them in a way that is rewritten"
     CACHE_VALUE_ESCAPES = "something besides this attention uses the cache"

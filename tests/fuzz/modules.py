@@ -99,10 +99,11 @@ TWISTS = (
     "channels reversed", "extra views", "heads reversed",
     # attention
     "wrong dim", "sigmoid", "masked after", "renormalised", "weights returned", "logits returned", "last dropped",
-    "mask from keys", "temperature", "sink", "softmax twice", "causal", "positive bias", "tanh only",
+    "mask from keys", "chosen", "query from values", "temperature", "sink", "softmax twice", "causal", "positive bias",
+    "tanh only",
     # escapes
-    "returns keys", "returns sum", "returns view", "second attention", "residual", "reads slot", "returns old",
-    "shape only",
+    "returns keys", "returns sum", "zeros counted", "returns view", "second attention", "residual", "reads slot",
+    "returns old", "shape only",
 )  # fmt: skip
 
 NEVER = {
@@ -116,7 +117,7 @@ NEVER = {
         "weights returned",
         "logits returned",
     ),
-    *("last dropped", "returns sum", "residual", "reads slot", "softmax twice", "returns old"),
+    *("last dropped", "softmax twice", "returns old", "zeros counted"),
 }
 """Twists after which the attention must not be rewritten, whatever the form, where they have an effect."""
 
@@ -201,6 +202,8 @@ class Module(torch.nn.Module):
             extra.append(keys)
         if "returns sum" in twists:
             extra.append(keys.sum() + values.sum())
+        if "zeros counted" in twists:
+            extra.append((keys == 0).sum())
         if "returns view" in twists:
             extra.append(values.select(self.slot, 0))
         if "reads slot" in twists:
@@ -311,6 +314,11 @@ class Module(torch.nn.Module):
         if "mask from keys" in twists:
             mask = mask[..., : keys.shape[2]] & (keys.sum((1, 3), keepdim=True).transpose(2, 3) > -1e9)
         mask = mask[..., : keys.shape[2]]
+        if "chosen" in twists:
+            liked = keys.amax((1, 3)).mean(0).topk(max(1, keys.shape[2] // 2)).indices
+            mask = mask & (torch.zeros(keys.shape[2]).scatter(0, liked, 1.0) > 0)
+        if "query from values" in twists:
+            q = q + values.mean((2, 3), keepdim=True).repeat_interleave(case.groups, 1)
         if "causal" in twists:
             mask = mask & (torch.arange(keys.shape[2]) <= torch.arange(q.shape[2])[:, None] + end)
         out = self.product(q, keys, values, mask, extra)

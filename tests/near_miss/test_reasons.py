@@ -188,6 +188,30 @@ def keys_are_values(q, k, v, keys, values, positions, mask):
     return attend(q, keys, keys, mask)
 
 
+@miss(Reason.RAGGED, rebuilt=2)
+def each_sequence_at_its_own_positions(q, k, v, keys, values, positions, mask):
+    own = positions + torch.arange(BATCH)[:, None]
+    keys[torch.arange(BATCH)[:, None], :, own] = k.transpose(1, 2)
+    values[torch.arange(BATCH)[:, None], :, own] = v.transpose(1, 2)
+    return attend(q, keys, values, mask)
+
+
+@miss(Reason.UNKNOWN_WRITE)
+def sequences_swapped(q, k, v, keys, values, positions, mask):
+    own = positions + torch.arange(BATCH)[:, None]
+    keys[torch.arange(BATCH).flip(0)[:, None], :, own] = k.transpose(1, 2)
+    values[torch.arange(BATCH).flip(0)[:, None], :, own] = v.transpose(1, 2)
+    return attend(q, keys, values, mask)
+
+
+@miss(Reason.UNKNOWN_WRITE)
+def each_head_at_its_own_positions(q, k, v, keys, values, positions, mask):
+    own = (positions + torch.arange(HEADS)[:, None])[None, :, :, None].expand_as(k)
+    keys.scatter_(2, own, k)
+    values.scatter_(2, own, v)
+    return attend(q, keys, values, mask)
+
+
 @miss(Reason.SAME_TENSOR)
 def tied(q, k, v, keys, values, positions, mask):
     write(keys, values, positions, k, k)

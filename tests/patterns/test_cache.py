@@ -50,6 +50,26 @@ def test_index_put_in_slots_before_heads():
     assert tuple(write.new.meta["val"].shape) == (BATCH, 2, HEADS, CHANNELS)
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("spelling", ["index", "column", "scatter"])
+def test_each_sequence_at_its_own_positions(spelling, tokens):
+    def write(c, p, x):
+        rows = torch.arange(BATCH)
+        if spelling == "scatter":
+            c.scatter_(2, p[:, None, :, None].expand_as(x), x)
+        elif spelling == "column" and tokens == 1:
+            c[rows, :, p[:, 0]] = x[:, :, 0]
+        else:
+            c[rows[:, None], :, p] = x.transpose(1, 2)
+
+    places = torch.arange(BATCH)[:, None] + torch.arange(tokens)
+    parsed = written(write, cache(), places, new(tokens))
+    assert parsed.is_ragged
+    assert parsed.slot_dim == 2
+    assert tuple(parsed.positions.meta["val"].shape) == (BATCH, tokens)
+    assert tuple(parsed.new.meta["val"].shape) == (BATCH, HEADS, tokens, CHANNELS)
+
+
 @pytest.mark.parametrize("spelling", ["assign", "assign_batch", "narrow"])
 def test_slices(spelling):
     def write(c, x):
