@@ -23,6 +23,7 @@ from torch._dynamo.exc import RestartAnalysis, SkipFrame, TensorifyScalarRestart
 from torch._dynamo.source import SyntheticLocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._dynamo.utils import counters as dynamo_counters
+from torch._functorch import predispatch
 from torch._functorch._aot_autograd import functional_utils
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor import compile_fx as inductor
@@ -220,6 +221,46 @@ def trace_functional(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
     ):
         traced = make(*arguments)
     return traced, tuple(written)
+
+
+VMAP_STEPS: Mapping[object, int] = {
+    predispatch._vmap_increment_nesting: 1,
+    predispatch._vmap_decrement_nesting: -1,
+    predispatch._add_batch_dim: 0,
+    predispatch._remove_batch_dim: 0,
+    predispatch.lazy_load_decompositions: 0,
+}
+"""Targets of `vmap`: 1 where it is entered, -1 where it is left."""
+
+
+def is_functorch(target: object) -> bool:
+    """Whether a target is part of a functorch transform (vmap, grad)."""
+    return str(getattr(target, "__module__", "")).startswith(("torch._functorch", "torch._C._functorch"))
+
+
+def trace_alone(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule | None:
+    """Trace a part of a graph of Dynamo's, under transforms or not, to ATen, on the fakes that Dynamo made.
+
+    Returns:
+        The graph; None if that fails, with the transforms left that it had entered.
+    """
+    depth = functorch_depth()
+    mode = next((x.fake_mode for x in values if isinstance(x, FakeTensor)), TracingContext.get().fake_mode)
+    assert mode is not None
+    try:
+        with tracing(TracingContext(mode)), mode, torch.no_grad(), enable_python_dispatcher():
+            return proxy_tensor.make_fx(fx.Interpreter(gm).run, _disable_torch_fn_metadata_mode=True)(*values)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AssertionError):
+        return None
+    finally:
+        while functorch_depth() > depth:
+            functorch._vmap_decrement_nesting()
+
+
+def functorch_depth() -> int:
+    """How many functorch transforms are active."""
+    stack = functorch.get_interpreter_stack()
+    return 0 if stack is None else len(stack)
 
 
 class _Interpreter(fx.Interpreter):

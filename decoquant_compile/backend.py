@@ -12,6 +12,7 @@ from torch import fx
 
 from decoquant_compile import _compat
 from decoquant_compile.allocate import Holding
+from decoquant_compile.batching import unbatched
 from decoquant_compile.dims import Dims
 from decoquant_compile.handle import CacheTensor, format_of, is_whole
 from decoquant_compile.kernels.codec import Role
@@ -107,10 +108,11 @@ def find(
     if records_gradients(example_inputs):
         report.untouched = Untouched.GRADIENTS
         return None
-    if (why := unsupported(gm, example_inputs)) is not None:
+    flat = unbatched(gm)
+    if (why := unsupported(flat, example_inputs)) is not None:
         report.untouched, report.detail = Untouched.UNSUPPORTED, why
         return None
-    normal = normalise(gm, example_inputs)
+    normal = normalise(flat, example_inputs)
     traced = gm.graph.find_nodes(op="placeholder")
     _compat.make_constant(traced[normal.placeholders.index(node)] for node in computed_scales(normal.graph))
     results = match(normal, _held(normal, example_inputs))

@@ -194,6 +194,7 @@ def _settle(gm: fx.GraphModule, traced: fx.GraphModule, written: Sequence[int]) 
         _guard_lengths(node)
     for node in graph.nodes:
         if node.op == "call_function" and _compat.higher_order_name(node.target) == "flex_attention":
+            _guard_lengths(node)
             _guard_blocks(node)
     graph.eliminate_dead_code()
     for name, constant in list(traced.named_buffers(recurse=False, remove_duplicate=False)):
@@ -211,7 +212,9 @@ def _guard_lengths(attention: fx.Node) -> None:
     of symbolic length, each with a symbol of its own, could not be told to fit each other.
     """
     _, key, value, *rest = attention.args
-    mask = rest[0] if rest else attention.kwargs.get("attn_mask")
+    mask = None
+    if attention.target is aten.scaled_dot_product_attention.default:
+        mask = rest[0] if rest else attention.kwargs.get("attn_mask")
     lengths = [x.meta["val"].shape[-2] for x in (key, value) if isinstance(x, fx.Node)]
     if isinstance(mask, fx.Node) and mask.meta["val"].shape[-1] != 1:
         lengths.append(mask.meta["val"].shape[-1])
@@ -237,7 +240,7 @@ def _foreign(node: fx.Node) -> str | None:
         return "it asks for gradients"
     if node.op != "call_function":
         return None
-    if str(getattr(target, "__module__", "")).startswith(("torch._functorch", "torch._C._functorch")):
+    if _compat.is_functorch(target):
         return "a functorch transform (vmap, grad)"
     if target in _compat.AUTOCAST:
         return "an autocast region"

@@ -18,7 +18,7 @@ from torch import fx
 
 from decoquant_compile import _compat
 from decoquant_compile.patterns.core import AttentionCore
-from decoquant_compile.patterns.movement import constant, operand
+from decoquant_compile.patterns.movement import constant, operand, same_device
 from decoquant_compile.patterns.reject import Problem, Reason
 from decoquant_compile.patterns.symbols import Int, Size, argument, computed, dtype, known, shape, size_of
 
@@ -125,6 +125,7 @@ _MOVES = {
     aten.lift_fresh_copy.default,
     aten._to_copy.default,
     aten.to.dtype,
+    aten.to.dtype_layout,
 }
 # Without the tag of pointwise operators, though of scalars they make scalars.
 _SCALAR = {
@@ -287,6 +288,8 @@ class _Grid:
             number, kind = _MADE[node.target], dtype(node)
             return computed(self.graph, aten.full.default, [], number, dtype=kind, device=self.device)
         pointwise = node.target in _SCALAR or torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if node.target is aten.to.dtype_layout and not same_device(node):
+            raise _RefusedError(Reason.ATTENTION_FORM, f"{node} goes to another device")
         if _compat.is_random(node.target) or (varies and not (pointwise and shape(node) == ())):
             raise _RefusedError(Reason.ATTENTION_FORM, f"{node} is no function of single positions")
 

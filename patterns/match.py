@@ -433,6 +433,7 @@ class _Matcher:
         """What still needs a cache tensor once the sites over it are rewritten."""
         sides = (sites[0].key, sites[0].value)
         held = {node for w in sides for node in ((w.seen, w.value) if w.born else (w.buffer,))}
+        held -= {w.seen for w in sides if w.form == "replace"}  # the new tokens
         kept: list[object] = []
         for write in sides if sides[0].writes else ():
             kept += [write.new, write.positions, write.start, write.kept, write.offset]

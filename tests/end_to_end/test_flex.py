@@ -92,3 +92,29 @@ def test_logits_are_those_of_the_dense_model(name):
     assert findings
     assert all(finding.rewritten and finding.form == "flex" for finding in findings)
     assert distance(got, expected) < NOISE
+
+
+@torch.no_grad()
+def test_growing_caches():
+    """Lengths of keys and values are symbols of their own, which nothing but the attention compares."""
+
+    def function(q, k, v, keys, values):
+        keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        return flex_attention(q, keys, values, enable_gqa=True), keys, values
+
+    generator = torch.Generator().manual_seed(0)
+    first = [torch.randn(BATCH, HEADS, 12, CHANNELS, generator=generator) for _ in range(2)]
+    sizes = HEADS * GROUPS, HEADS, HEADS
+    calls = [[torch.randn(BATCH, n, 1, CHANNELS, generator=generator) for n in sizes] for _ in range(4)]
+    results, caches = [], first
+    with packing(bits=16, **SMALL) as session:
+        compiled = torch.compile(function)
+        for new in calls:
+            result, *caches = compiled(*new, *caches)
+            results.append(result)
+            assert_packed(caches)
+    assert {(finding.form, finding.write) for finding in session.report().findings} == {("flex", "cat")}
+    caches = first
+    for new, result in zip(calls, results, strict=True):  # it compiles itself
+        expected, *caches = function(*new, *caches)
+        torch.testing.assert_close(result, expected, rtol=0, atol=noise(16))

@@ -41,6 +41,11 @@ def sliding_for_some_heads(b, h, i, j):
     return causal(b, h, i, j) & ((j + 4 > i + OFFSET) | (h % 2 == 0))
 
 
+def sliding_as_in_hugging_face(b, h, i, j):
+    window = (j > i + OFFSET - 4).to(b.device)
+    return b.new_ones((), dtype=torch.bool) & window & causal(b, h, i, j).to(b.device)
+
+
 def of_one_document(b, h, i, j):
     return DOCUMENT[i + OFFSET] == DOCUMENT[j]
 
@@ -75,7 +80,15 @@ def hidden(score, b, h, i, j):
     return torch.where(j <= i + 2, score, -float("inf")) + torch.where(j == 3, -math.inf, 0.0)
 
 
-MASKS = (anywhere, causal, padded, sliding_for_some_heads, of_one_document, nothing_for_one_query)
+MASKS = (
+    anywhere,
+    causal,
+    padded,
+    sliding_for_some_heads,
+    sliding_as_in_hugging_face,
+    of_one_document,
+    nothing_for_one_query,
+)
 SCORES = (same, scaled, capped, capped_with_a_bias, alibi, hidden)
 
 
