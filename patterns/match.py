@@ -217,9 +217,10 @@ class _Matcher:
                 caches = tuple(side.write.cache for side in pair if isinstance(side, _Operand))
                 for cache in caches:
                     self.read_by.setdefault(cache, {})[core.node] = caches
-                for side, operand_ in zip(("key", "value"), pair, strict=True):
-                    if isinstance(operand_, _Operand) and not operand_.own:
-                        self.sides.setdefault(operand_.write.cache, set()).add((core.node, side))
+                by_side: dict[flow.Side, _Operand | Problem] = {"key": pair[0], "value": pair[1]}
+                for side, traced in by_side.items():
+                    if isinstance(traced, _Operand) and not traced.own:
+                        self.sides.setdefault(traced.write.cache, set()).add((core.node, side))
         sites: dict[fx.Node, Site | Problem] = {}
         for core in found:
             if isinstance(core, AttentionCore):
