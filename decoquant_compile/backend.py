@@ -20,6 +20,7 @@ from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import GrowingState
 from decoquant_compile.normalize import Normal, normalise, records_gradients, unsupported
 from decoquant_compile.options import Options
+from decoquant_compile.patterns import softmax
 from decoquant_compile.patterns.attention import computed_scales
 from decoquant_compile.patterns.cache import CacheWrite
 from decoquant_compile.patterns.match import Held, RebuiltSite, Site, match
@@ -113,6 +114,7 @@ def find(
         report.untouched, report.detail = Untouched.UNSUPPORTED, why
         return None
     normal = normalise(flat, example_inputs)
+    softmax.fold(normal.graph)
     traced = gm.graph.find_nodes(op="placeholder")
     _compat.make_constant(traced[normal.placeholders.index(node)] for node in computed_scales(normal.graph))
     results = match(normal, _held(normal, example_inputs))
@@ -141,6 +143,7 @@ def mentions_attention(gm: fx.GraphModule) -> bool:
     words = ("scaled_dot_product", "softmax", "flex_attention")
     return any(
         any(word in str(node.target) or word in getattr(node.target, "__name__", "") for word in words)
+        or "exp" in (node.target, getattr(node.target, "__name__", ""))  # of a softmax spelled out
         for module in gm.modules()
         if isinstance(module, fx.GraphModule)
         for node in module.graph.nodes

@@ -267,9 +267,9 @@ class _Rewriter:
     def _note(self, site: Site) -> None:
         """Remember what takeover wants to know of the site's keys and values."""
         first: Int = site.read.first if site.read is not None else 0
-        if site.key.form == "roll":  # the mask is for the slots after the write, one further left
+        if site.key.form == "roll":  # the mask is for the slots after the write, further left
             with self.graph.inserting_before(site.core.node):
-                first = self._add(first, 1)
+                first = self._add(first, self._size(site.key.new, site.dims[2]))
         for write in (site.key, site.value):
             # What is only read is held already.
             mask = site.core.mask if site.read is not None and write.writes else None

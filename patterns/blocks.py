@@ -22,6 +22,7 @@ _ALONE = {
     *(aten.view_as_complex.default, aten.view_as_real.default),
     *(aten.stack.default, aten.unbind.int, operator.getitem),
     *flow.NORMS,
+    *flow.REDUCTIONS,
 }
 _BATCHED = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 _NEW = {aten.empty, aten.empty_like, aten.new_empty, aten.zeros, aten.zeros_like, aten.new_zeros}

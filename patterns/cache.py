@@ -9,7 +9,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from decoquant_compile.patterns.movement import constant, is_identity, moves, operand, peel, plain, sliced, start_of
+from decoquant_compile.patterns.movement import (
+    REGROUPING,
+    constant,
+    is_identity,
+    moves,
+    operand,
+    peel,
+    plain,
+    regrouped,
+    sliced,
+    start_of,
+)
 from decoquant_compile.patterns.reject import Problem, Reason
 from decoquant_compile.patterns.symbols import (
     Int,
@@ -51,8 +62,8 @@ class CacheWrite:
             own.
         start: slot of the first new token; the others follow (slice form).
         kept: tail forms: slots [0, kept) held tokens, and the cache becomes the last slots of `cat(cache[:kept], new)`.
-            "roll" keeps all and has one token; "replace" keeps none. "cat": the buffer has so many slots, and the
-            value all of them and the new ones, or the last slots of that.
+            "roll" keeps all, and what is seen is the cache after the write; "replace" keeps none. "cat": the buffer
+            has so many slots, and the value all of them and the new ones, or the last slots of that.
         wraps: a negative position counts from the end (index_put).
         seen: the node that an attention over the cache starts from: the tensor after the write; "append": old tokens
             followed by all the new ones; "replace": the new tokens.
@@ -130,6 +141,8 @@ def parse_returned(value: fx.Node) -> CacheWrite | Problem | None:
         return _grown_tail(value, seen)
     if seen.target is aten.cat.default:
         return _grown(value, seen)
+    if seen.target in REGROUPING and operand(seen).target is aten.cat.default:
+        return _grown_regrouped(value, seen)
     rule = _COPYING.get(seen.target)
     if rule is None:
         return None
@@ -174,6 +187,25 @@ def _grown(value: fx.Node, seen: fx.Node) -> CacheWrite | Problem | None:
     if dtype(new) != dtype(seen) or (old.op == "placeholder" and dtype(old) != dtype(seen)):
         return Problem(Reason.DTYPE, f"{dtype(old)} and {dtype(new)} concatenated")
     return CacheWrite("cat", old, value, new, dim, seen, kept=kept, returned=True)
+
+
+def _grown_regrouped(value: fx.Node, seen: fx.Node) -> CacheWrite | None:
+    """The same among tensors of other dims, as where sequences and heads are one while keys are concatenated."""
+    whole = operand(seen)
+    parts, dim = argument(whole, "tensors"), argument(whole, "dim") % len(shape(whole))
+    slot = regrouped(whole, dim, seen)
+    if len(parts) != 2 or parts[0].target not in REGROUPING or slot is None:
+        return None
+    old, new, sizes = plain(operand(parts[0])), parts[1], list(shape(seen))
+    before = [*sizes[:slot], shape(parts[0])[dim], *sizes[slot + 1 :]]
+    if old.op != "placeholder" or not same_shape(shape(old), tuple(before)) or dtype(old) != dtype(new):
+        return None
+    kept, tokens = (as_int(shape(part)[dim], value.graph) for part in parts)
+    if kept is None or tokens is None or not all(isinstance(n, int) for d, n in enumerate(sizes) if d != slot):
+        return None
+    with value.graph.inserting_after(_last(new, tokens)):
+        arranged = computed(value.graph, aten.reshape.default, new, [*sizes[:slot], tokens, *sizes[slot + 1 :]])
+    return CacheWrite("cat", old, value, arranged, slot, seen, kept=kept, returned=True)
 
 
 def _grown_tail(value: fx.Node, seen: fx.Node) -> CacheWrite | Problem | None:
@@ -243,16 +275,22 @@ def _by_sequence(
     positions, counted = indices[slot_dim], peel(indices[batch])
     places, rank = shape(positions), len(shape(positions))
     block = (*places, *(n for d, n in enumerate(sizes) if d not in indices))  # what is indexed comes first
+    new = argument(seen, "values")
+    missing = len(block) - len(shape(new))  # an assignment drops leading dims of size 1
     if (
         rank not in (1, 2)
         or _arange(counted.source) is None
         or not same_shape(shape(indices[batch]), (sizes[batch], 1)[:rank])
         or not known(places[0] == sizes[batch])
         or not is_identity(counted)
-        or not _fills(shape(argument(seen, "values")), block)
+        or missing < 0
+        or not same_shape(block[:missing], (1,) * missing)
+        or not _fills(shape(new), block[missing:])
     ):
         return Problem(Reason.UNKNOWN_WRITE, f"index_put of {list(block)} by {indices[batch]} and {positions}")
-    new = argument(seen, "values")
+    for _ in range(missing):
+        with buffer.graph.inserting_after(new):
+            new = computed(buffer.graph, aten.unsqueeze.default, new, 0)
     with buffer.graph.inserting_after(_last(new, positions)):
         if rank == 1:
             new = computed(buffer.graph, aten.unsqueeze.default, new, 1)
@@ -303,6 +341,8 @@ def _roll(
 
 def _slice_scatter(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:
     dim, part, span = argument(seen, "dim") % len(shape(seen)), plain(argument(seen, "src")), sliced(seen)
+    if (shifted := _shifted(buffer, value, seen, dim)) is not None:
+        return shifted
     if (problem := _base_problem(buffer, seen.args[0])) is not None:
         return problem
     if part.target in FORMS and peel(part.all_input_nodes[0]).source is buffer:
@@ -311,6 +351,26 @@ def _slice_scatter(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite
         return Problem(Reason.UNKNOWN_WRITE, f"slice from {argument(seen, 'start')} by {argument(seen, 'step')}")
     write = CacheWrite("slice", buffer, value, argument(seen, "src"), dim, seen, start=span.first)
     return _placed(write, span.length)
+
+
+def _shifted(buffer: fx.Node, value: fx.Node, seen: fx.Node, dim: int) -> CacheWrite | Problem | None:
+    """All tokens some slots down, in place, then as many new ones at the end; None if it is no such thing."""
+    base, size, tokens = plain(argument(seen, "self")), shape(buffer)[dim], shape(argument(seen, "src"))[dim]
+    if base.target is not aten.slice_scatter.default or plain(argument(base, "self")) is not buffer:
+        return None
+    moved, front = plain(argument(base, "src")), sliced(base)
+    if moved.target is not aten.slice.Tensor or plain(operand(moved)) is not buffer:
+        return None
+    taken = sliced(moved)
+    if front is None or taken is None or (kept := as_int(size, buffer.graph)) is None:
+        return None
+    places = [argument(node, "dim") % len(shape(node)) == dim for node in (base, moved)]
+    start = size_of(argument(seen, "start") or 0)
+    at_end = argument(seen, "step") == 1 and (known(start == -tokens) or known(start == size - tokens))
+    fits = [known(size_of(s.first) == n) and known(s.length == size - tokens) for s, n in ((front, 0), (taken, tokens))]
+    if not all(places) or not all(fits) or not at_end:
+        return None
+    return _placed(CacheWrite("roll", buffer, value, argument(seen, "src"), dim, seen, kept=kept), tokens)
 
 
 def _partial(buffer: fx.Node, value: fx.Node, seen: fx.Node, part: fx.Node, dim: int) -> CacheWrite | Problem:

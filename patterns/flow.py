@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Container
 from typing import Any, Literal, TypeAlias
@@ -10,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import fx
 
-from decoquant_compile.patterns.movement import MOVEMENT, REGROUPING, operand, peel
+from decoquant_compile.patterns.movement import MOVEMENT, REGROUPING, operand, peel, regrouped
 from decoquant_compile.patterns.symbols import argument, known, shape
 
 aten = torch.ops.aten
@@ -29,6 +28,12 @@ _SHAPED = {
     *(aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like),
     *(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full),
 }
+REDUCTIONS = {
+    *(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.var.correction),
+    *(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim),
+}
+"""Operators that sum up along some dims, and keep those of size 1 or drop them."""
+
 NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 _ORDERING = {
@@ -151,22 +156,13 @@ def follow(node: fx.Node, dim: int, user: fx.Node) -> int | None:
         if operand(user) is not node:
             return None
         if target in REGROUPING:
-            return _regrouped(node, dim, user)
+            return regrouped(node, dim, user)
         walk = peel(user, until={node})
         places = [d for d, atoms in enumerate(walk.axes.dims) if atoms == (dim,)] if walk.source is node else []
         return places[0] if places else None
     if torch.Tag.pointwise in getattr(target, "tags", ()):
         to = dim + len(shape(user)) - rank
         return to if to >= 0 and known(shape(user)[to] == shape(node)[dim]) else None
-    return None
-
-
-def _regrouped(node: fx.Node, dim: int, user: fx.Node) -> int | None:
-    """The same dim of a row-major view: one of the same size, with as many elements outside."""
-    before, size = math.prod(shape(node)[:dim]), shape(node)[dim]
-    for to, other in enumerate(shape(user)):
-        if known(other == size) and known(math.prod(shape(user)[:to]) == before):
-            return to
     return None
 
 
@@ -227,6 +223,23 @@ def _norm(node: fx.Node, dim: int, user: fx.Node) -> int | None:
     return dim if user.args[0] is node and dim < len(shape(node)) - within else None
 
 
+def _reduced(node: fx.Node, dim: int, user: fx.Node) -> int | None:
+    summed = argument(user, "dim")
+    taken = {d % len(shape(node)) for d in ([summed] if isinstance(summed, int) else summed or range(len(shape(node))))}
+    if user.args[0] is not node or dim in taken:
+        return None
+    return dim if argument(user, "keepdim") else dim - sum(d < dim for d in taken)
+
+
+def _indexed(node: fx.Node, dim: int, user: fx.Node) -> int | None:
+    """Slots that a table names, [sequences, slots] as well: its dims stand in place of the one that is indexed."""
+    given = [(d, index) for d, index in enumerate(argument(user, "indices")) if index is not None]
+    if argument(user, "self") is not node or len(given) != 1 or not shape(given[0][1]):
+        return None
+    at, rank = given[0][0], len(shape(given[0][1]))
+    return dim + rank - 1 if at <= dim else dim
+
+
 def _item(_: fx.Node, dim: int, user: fx.Node) -> int | None:
     return dim if shape(user) else None
 
@@ -252,5 +265,7 @@ _RULES: dict[object, Callable[[Any, int, fx.Node], int | None]] = {
     operator.getitem: _item,
     aten.slice.Tensor: _same,
     aten.slice_scatter.default: _same,
+    aten.index.Tensor: _indexed,
     **dict.fromkeys(NORMS, _norm),
+    **dict.fromkeys(REDUCTIONS, _reduced),
 }

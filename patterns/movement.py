@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -293,6 +294,12 @@ def peel(node: fx.Node, until: Container[fx.Node] = (), *, scaled: bool = False)
         else:
             node, state, nodes, factor = step, _State(step), [], 1.0
     return Walk(node, state.axes(), tuple(nodes), factor)
+
+
+def regrouped(node: fx.Node, dim: int, view: fx.Node) -> int | None:
+    """Which dim of a row-major view of `node` its `dim` is: one of the same size, with as many elements outside."""
+    sizes, size, outside = shape(view), shape(node)[dim], math.prod(shape(node)[:dim])
+    return next((d for d, n in enumerate(sizes) if known(n == size) and known(math.prod(sizes[:d]) == outside)), None)
 
 
 def plain(node: fx.Node) -> fx.Node:

@@ -419,6 +419,97 @@ class XTransformers(NanoGpt):
         return self.out(y.flatten(2)), (k, v)
 
 
+class Fairseq(Idiom):
+    """Sequences and heads are one while tokens are concatenated and attended to; returned apart."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
+        q, k, v = (_repeat(t) if t.shape[1] != HEADS else t for t in _swap(q, k, v))
+        q, k, v = (t.reshape(-1, t.shape[2], HEAD_DIM) for t in (q, k, v))
+        if call.cache is not None:
+            k, v = (
+                torch.cat([old.view(-1, old.shape[2], HEAD_DIM), t], 1)
+                for old, t in zip(call.cache, (k, v), strict=True)
+            )
+        scores = torch.bmm(q * HEAD_DIM**-0.5, k.transpose(1, 2))
+        weights = scores.masked_fill(~call.mask[0, ..., : k.shape[1]], -math.inf).softmax(-1)
+        y = torch.bmm(weights, v).view(-1, HEADS, q.shape[1], HEAD_DIM)
+        return y.transpose(1, 2), tuple(t.view(-1, HEADS, t.shape[1], HEAD_DIM) for t in (k, v))
+
+
+class Shifting(GptFast):
+    """Old tokens move down in place, new ones follow at the end."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
+        q, k, v = _swap(q, k, v)
+        tokens = q.shape[2]
+        for cache, new in ((self.k_cache, k), (self.v_cache, v)):
+            cache[:, :, :-tokens] = cache[:, :, tokens:].clone()
+            cache[:, :, -tokens:] = new
+        places = torch.arange(SLOTS) + call.start + tokens - SLOTS
+        mask = (places <= call.positions[:, None]) & (places >= 0)
+        y = F.scaled_dot_product_attention(q, self.k_cache, self.v_cache, attn_mask=mask, enable_gqa=True)
+        return y.transpose(1, 2), None
+
+
+class Ragged(GptFast):
+    """Each sequence has positions of its own."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
+        rows, places = torch.arange(q.shape[0])[:, None], call.positions.expand(q.shape[0], -1)
+        self.k_cache[rows, :, places], self.v_cache[rows, :, places] = k, v
+        keys, values = _repeat(self.k_cache), _repeat(self.v_cache)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=call.mask)
+        return y.transpose(1, 2), None
+
+
+class Paged(Idiom):
+    """A pool of slots [slots, H, D], and a table of those of each sequence."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers_of(2 * SLOTS, KV_HEADS, HEAD_DIM)
+        self.register_buffer("table", 2 * SLOTS - 1 - 2 * torch.arange(SLOTS)[None])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
+        slots = self.table[:, call.positions].flatten()
+        self.k_cache.index_copy_(0, slots, k.flatten(0, 1))
+        self.v_cache.index_copy_(0, slots, v.flatten(0, 1))
+        q, k, v = _swap(q, self.k_cache[self.table], self.v_cache[self.table])
+        return F.scaled_dot_product_attention(q, _repeat(k), _repeat(v), attn_mask=call.mask).transpose(1, 2), None
+
+
+class SpelledOut(GptFast):
+    """Softmax as exponentials over their sum."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
+        q, k, v = _swap(q, k, v)
+        self.k_cache[:, :, call.positions], self.v_cache[:, :, call.positions] = k, v
+        scores = q @ _repeat(self.k_cache).mT / math.sqrt(HEAD_DIM)
+        scores = scores.masked_fill(~call.mask, torch.finfo(scores.dtype).min)
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        weights = weights / weights.sum(-1, keepdim=True)
+        return (weights @ _repeat(self.v_cache)).transpose(1, 2), None
+
+
+class NormedAfter(GptFast):
+    """Keys are scaled to a length of 1 after every read."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
+        q, k, v = _swap(q, k, v)
+        self.k_cache[:, :, call.positions], self.v_cache[:, :, call.positions] = k, v
+        q, k = F.normalize(q, dim=-1), F.normalize(_repeat(self.k_cache), dim=-1)
+        y = F.scaled_dot_product_attention(q, k, _repeat(self.v_cache), attn_mask=call.mask, scale=8.0)
+        return y.transpose(1, 2), None
+
+
 IDIOMS: Final[dict[str, type[Idiom]]] = {
     kind.__name__: kind
     for kind in (
@@ -436,6 +527,7 @@ IDIOMS: Final[dict[str, type[Idiom]]] = {
             KeysTransposed,
         ),
         *(Stacked, Paired, FlatHeads, Latent, Rolling, ReadFirst, NanoGpt, FusedGrowing, Functional, XTransformers),
+        *(Fairseq, Shifting, Ragged, Paged, SpelledOut, NormedAfter),
     )
 }
 

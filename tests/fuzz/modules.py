@@ -27,6 +27,7 @@ WRITES = (
     "scatter",
     "where",
     "roll",
+    "shift",
     "cat",
     "append",
     "grow",
@@ -95,12 +96,12 @@ TWISTS = (
     "written twice", "written again elsewhere", "a slot cleared", "scaled in place", "cleared first", "counter",
     # reads
     "read before", "offset", "strided", "flipped", "gathered", "rolled", "one rolled", "rounded", "times one",
-    "plus one", "projected", "by slot", "centred", "crossed", "same twice", "tiled", "fewer heads",
+    "plus one", "projected", "by slot", "centred", "normed", "crossed", "same twice", "tiled", "fewer heads",
     "channels reversed", "extra views", "heads reversed",
     # attention
     "wrong dim", "sigmoid", "masked after", "renormalised", "weights returned", "logits returned", "last dropped",
     "mask from keys", "chosen", "query from values", "temperature", "sink", "softmax twice", "causal", "positive bias",
-    "tanh only",
+    "tanh only", "by hand", "by logarithms",
     # escapes
     "returns keys", "returns sum", "zeros counted", "returns view", "second attention", "residual", "reads slot",
     "returns old", "shape only",
@@ -265,6 +266,10 @@ class Module(torch.nn.Module):
             last = torch.arange(-tokens, 0) if tokens > 1 else torch.tensor([-1])
             rolled[(*[slice(None)] * dim, last)] = new.to(target.dtype)
             target.copy_(rolled)
+        elif write == "shift":
+            left = target.shape[dim] - tokens
+            target.narrow(dim, 0, left).copy_(target.narrow(dim, tokens, left).clone())
+            target.narrow(dim, left, tokens).copy_(new)
         elif write == "cat":
             target.copy_(torch.cat([target.narrow(dim, tokens, target.shape[dim] - tokens), new.to(target.dtype)], dim))
         elif write == "append":
@@ -342,6 +347,8 @@ class Module(torch.nn.Module):
             keys, values = (torch.cat([keys, values], -1) @ weights).chunk(2, -1)
         if "by slot" in twists:
             values = values * torch.arange(values.shape[2])[:, None].cos()
+        if "normed" in twists:
+            keys = F.normalize(keys, dim=-1) * 3
         if "centred" in twists:
             keys = keys - keys.mean(2, keepdim=True)
         return keys, values
@@ -435,6 +442,11 @@ class Module(torch.nn.Module):
             scores = torch.cat([scores, torch.ones(*scores.shape[:-1], 1)], -1)
         if "sigmoid" in twists:
             weights = scores.sigmoid()
+        elif "by hand" in twists:
+            weights = (scores - scores.amax(dim, keepdim=True)).exp()
+            weights = weights / weights.sum(dim, keepdim=True)
+        elif "by logarithms" in twists:
+            weights = (scores - scores.logsumexp(dim, keepdim=True)).exp()
         else:
             weights = scores.softmax(dim, dtype=torch.float32 if case.float32 else None).to(q.dtype)
         if "sink" in twists:
@@ -462,8 +474,8 @@ class Module(torch.nn.Module):
 def random_case(choose):
     """A case, by `choose(values)` for each of its parts."""
     slots = choose(range(6, 17))
-    write, form = choose((*WRITES, *WRITES[:4], *WRITES[6:9])), choose(("sdpa", "sdpa", *PRODUCTS))
-    room = 2 * slots if write in ("roll", "cat", "append", "grow") else slots
+    write, form = choose((*WRITES, *WRITES[:4], *WRITES[6:10])), choose(("sdpa", "sdpa", *PRODUCTS))
+    room = 2 * slots if write in ("roll", "shift", "cat", "append", "grow") else slots
     chunks = []
     for _ in range(choose((1, 2, 2, 3, 4))):
         if size := min(choose((1, 1, 1, 2, 3, 5)), room - sum(chunks), slots - 1):

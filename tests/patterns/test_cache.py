@@ -123,6 +123,34 @@ def test_roll(last):
     assert tuple(parsed.new.meta["val"].shape) == (BATCH, HEADS, 1, CHANNELS)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_shift_in_place(tokens, dynamic):
+    def write(c, x):
+        t = x.shape[2]
+        c[:, :, :-t] = c[:, :, t:].clone()
+        c[:, :, -t:] = x
+
+    parsed = written(write, cache(), new(tokens), dynamic=dynamic)
+    assert (parsed.form, parsed.slot_dim) == ("roll", 2)
+    assert parsed.seen.target is torch.ops.aten.slice_scatter.default
+    assert tuple(parsed.new.meta["val"].shape)[2] == tokens or dynamic
+
+
+@pytest.mark.parametrize(
+    "places", [(slice(-3), slice(2, -1), slice(-3, None)), (slice(-2), slice(2, None), slice(-3, -1))]
+)
+def test_other_shifts_in_place_are_not(places):
+    to, of, last = places
+
+    def write(c, x):
+        c[:, :, to] = c[:, :, of].clone()
+        c[:, :, last] = x
+
+    tokens = len(range(SLOTS)[last])
+    assert isinstance(written(write, cache(), new(tokens)), Problem)
+
+
 def test_roll_of_one_sequence_keeps_four_dims():
     def write(c, x):
         rolled = c.roll(-1, dims=-2)

@@ -33,7 +33,17 @@ def rotate(x):
     return torch.cat([x * 0.5, torch.cat([-b, a], -1)], -1)[..., :CHANNELS] + T.sin()
 
 
-@pytest.mark.parametrize("prepare", [torch.exp, rotate, assemble, project, lambda x: F.layer_norm(x, (CHANNELS,))])
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        *(torch.exp, rotate, assemble, project, lambda x: F.layer_norm(x, (CHANNELS,))),
+        lambda x: F.normalize(x, dim=-1),
+        lambda x: x * (x.pow(2).mean(-1, keepdim=True) + 1).rsqrt(),
+        lambda x: x - x.amax((1, 3))[:, None, :, None],
+        lambda x: x[:, :, torch.arange(SLOTS).flip(0)],
+        lambda x: x[:, :, torch.arange(2 * SLOTS).view(2, -1).flip(1) % SLOTS].select(2, 1),
+    ],
+)
 def test_what_is_computed_for_each_slot_is_followed(prepare):
     assert sides(lambda c, q: attend(q, prepare(c), T[None])) == {"key"}
     assert sides(lambda c, q: attend(q, T[None].expand(BATCH, -1, -1, -1), prepare(c))) == {"value"}
@@ -65,6 +75,8 @@ def test_what_masks_the_keys_is_the_attentions_own_affair():
     [
         lambda c: torch.ones(SLOTS, SLOTS) @ c,
         lambda c: c.cumsum(2),
+        lambda c: c / c.norm(dim=2, keepdim=True),
+        lambda c: c[:, torch.arange(HEADS)[:, None], torch.arange(SLOTS)],
         lambda c: c.mean(2, keepdim=True).expand_as(c),
         lambda c: F.conv1d(c.flatten(0, 1).mT, torch.ones(CHANNELS, CHANNELS, 1)).mT.view(c.shape),
     ],
