@@ -378,7 +378,8 @@ class _Rewriter:
         dense = end if write.born or end is not None else self._dense(cache, state, format_, slots, first)
         if not write.writes:
             return
-        needed = (dense, write.new, write.positions, write.start, write.kept)
+        inputs = self.graph.find_nodes(op="placeholder")
+        needed = (dense, write.new, write.positions, write.start, write.kept, inputs[-1])
         last = max(node for node in needed if isinstance(node, fx.Node))
         with self.graph.inserting_before(last.next):
             new = self._tokens(write, dims)

@@ -18,6 +18,7 @@ from decoquant_compile.patterns.movement import (
     peel,
     plain,
     regrouped,
+    same_or_refused,
     sliced,
     start_of,
 )
@@ -305,11 +306,8 @@ def _by_sequence(
 
 
 def _fills(sizes: tuple[Size, ...], block: tuple[Size, ...]) -> bool:
-    """Whether values of such sizes fill what is indexed, or PyTorch refuses them: one for all is no other way."""
-    pairs = zip(sizes, block, strict=False)
-    return len(sizes) == len(block) and all(
-        known(a == b) or (not isinstance(a, int) and known(a > 1)) for a, b in pairs
-    )
+    """Whether values of such sizes fill what is indexed, one for each element, or PyTorch refuses them."""
+    return len(sizes) == len(block) and all(map(same_or_refused, sizes, block))
 
 
 def _counts(index: fx.Node) -> bool:
@@ -400,17 +398,28 @@ def _scatter(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Pro
         rank = len(shape(positions))
         if rank not in (1, 2) or dtype(positions) != torch.int64 or (rank == 2 and len(shape(buffer)) not in (3, 4)):
             continue
-        tokens = shape(positions)[-1]
+        tokens = shape(index)[dim]
+        if not _fills(shape(positions)[-1:], (tokens,)):
+            continue
         block = (*shape(buffer)[:dim], tokens, *shape(buffer)[dim + 1 :])
         dims = peel(index, until={positions}).axes.dims
         of = {dim: (rank - 1, tokens), **({batch: (0, shape(buffer)[batch])} if rank == 2 else {})}
         alone = all(not isinstance(atom, int) for d, atoms in enumerate(dims) if d not in of for atom in atoms)
         along = all(dims[d] == (axis,) or known(size == 1) for d, (axis, size) in of.items())
-        if rank == 2 and not same_shape(shape(positions), (shape(buffer)[batch], tokens)):
+        if rank == 2 and not known(shape(positions)[0] == shape(buffer)[batch]):
             continue
-        if alone and along and same_shape(shape(index), block) and same_shape(shape(source), block):
-            return _placed(CacheWrite("scatter", buffer, value, source, dim, seen, positions), tokens)
+        new = _first(source, dim, tokens)  # more than there are indices for is not taken
+        if alone and along and same_shape(shape(index), block) and same_shape(shape(new), block):
+            return _placed(CacheWrite("scatter", buffer, value, new, dim, seen, positions), tokens)
     return Problem(Reason.UNKNOWN_WRITE, f"scatter of {list(shape(source))} by {index}")
+
+
+def _first(node: fx.Node, dim: int, count: Size) -> fx.Node:
+    """So many of the first elements of a tensor along a dim: the tensor itself if it is known to have no more."""
+    if known(shape(node)[dim] == count) or (number := as_int(count, node.graph)) is None:
+        return node
+    with node.graph.inserting_after(_last(node, number)):
+        return computed(node.graph, aten.slice.Tensor, node, dim, 0, number)
 
 
 def _where(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite | Problem:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from decoquant_compile.patterns.movement import MOVEMENT, REGROUPING, operand, peel, regrouped
-from decoquant_compile.patterns.symbols import argument, known, shape
+from decoquant_compile.patterns.symbols import argument, dtype, known, shape
 
 aten = torch.ops.aten
 
@@ -235,6 +235,8 @@ def _indexed(node: fx.Node, dim: int, user: fx.Node) -> int | None:
     """Slots that a table names, [sequences, slots] as well: its dims stand in place of the one that is indexed."""
     given = [(d, index) for d, index in enumerate(argument(user, "indices")) if index is not None]
     if argument(user, "self") is not node or len(given) != 1 or not shape(given[0][1]):
+        return None
+    if dtype(given[0][1]) not in (torch.int64, torch.int32):  # of booleans, each takes a dim
         return None
     at, rank = given[0][0], len(shape(given[0][1]))
     return dim + rank - 1 if at <= dim else dim

@@ -139,10 +139,15 @@ def _expand(state: _State, node: fx.Node) -> bool:
     for d, size in enumerate(sizes):
         if not dims[d] and not known(size == 1):
             dims[d] = [_Part(Repeat(size), size)]
-        elif dims[d] and not known(reduce(operator.mul, [p.size for p in dims[d]]) == size):
+        elif dims[d] and not same_or_refused(reduce(operator.mul, [p.size for p in dims[d]]), size):
             return False
     state.dims = dims
     return True
+
+
+def same_or_refused(size: Size, wanted: Size) -> bool:
+    """Whether two sizes are equal or PyTorch refuses them: what is more than 1 is not repeated."""
+    return known(size == wanted) or (not isinstance(size, int) and known(size > 1))
 
 
 def _copy(state: _State, node: fx.Node) -> bool:

@@ -109,3 +109,26 @@ def test_a_dense_cache_is_taken_over_whatever_its_lengths():
             assert distance(compiled(*call), twin(*call)) < noise(16)
         assert_packed([model.keys, model.values])
     torch.testing.assert_close(shown(model).keys, twin.keys)
+
+
+@torch.no_grad()
+def test_caches_that_calls_create_and_return():
+    """The first call makes them of zeros, the others of those before; sequences have positions of their own."""
+
+    def function(q, k, v, positions, caches):
+        if caches is None:
+            caches = [torch.zeros(BATCH, HEADS, SLOTS, CHANNELS) for _ in range(2)]
+        places = positions[:, None, :, None].expand_as(k)
+        keys, values = (cache.scatter(2, places, new) for cache, new in zip(caches, (k, v), strict=True))
+        mask = (torch.arange(SLOTS) <= positions[..., None])[:, None]
+        return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True), [keys, values]
+
+    ours = theirs = None
+    with packing(bits=16, **SMALL):
+        compiled = torch.compile(function)
+        for call in calls():
+            got, ours = compiled(*call, ours)
+            expected, theirs = function(*call, theirs)
+            assert distance(got, expected) < noise(16)
+            assert_packed(ours)
+    torch.testing.assert_close(shown(ours)[0], theirs[0])

@@ -50,6 +50,15 @@ def test_index_put_in_slots_before_heads():
     assert tuple(write.new.meta["val"].shape) == (BATCH, 2, HEADS, CHANNELS)
 
 
+def test_scatter_of_more_tokens_than_there_are_indices():
+    def write(c, p, x):
+        c.scatter_(2, p.view(1, 1, -1, 1).expand(BATCH, HEADS, -1, CHANNELS), x)
+
+    parsed = written(write, cache(), torch.tensor([3, 4]), new(5))
+    assert parsed.form == "scatter"
+    assert tuple(parsed.new.meta["val"].shape) == (BATCH, HEADS, 2, CHANNELS)
+
+
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("spelling", ["index", "column", "scatter"])
 def test_each_sequence_at_its_own_positions(spelling, tokens):
