@@ -79,8 +79,14 @@ def calls():
         yield q, k, v, positions
 
 
-@pytest.mark.parametrize("bits", [16, 4])
-@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize(
+    ("write", "bits"),
+    [
+        (heads_first, 16),
+        *((write, 4) for write in WRITES),
+        *(pytest.param(write, 16, marks=pytest.mark.slow) for write in WRITES if write is not heads_first),
+    ],
+)
 @torch.no_grad()
 def test_each_sequence_is_written_at_its_own_positions(write, bits):
     """At 16 bits it is the dense cache; at 4 bits the one that the handles show, with the call's own tokens exact."""

@@ -299,7 +299,13 @@ def test_a_block_is_dense_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize(
     ("idiom", "bits", "whole"),
-    [("Stacked", 16, True), ("Stacked", 4, False), ("Paired", 4, True), ("FlatHeads", 4, True), ("Latent", 4, True)],
+    [
+        ("Stacked", 16, True),
+        pytest.param("Stacked", 4, False, marks=pytest.mark.slow),
+        ("Paired", 4, True),
+        ("FlatHeads", 4, True),
+        ("Latent", 4, True),
+    ],
     indirect=["whole"],
 )
 @torch.no_grad()

@@ -97,7 +97,7 @@ def test_any_writes_equal_a_dense_cache(data, bits, role, batch, heads, slots, k
             assert torch.equal(got, dense.tensor)
         else:
             # Sets fitted on one or two tokens (no sinks, no window) are the worst; a lost token would be off by 1
-            limit = 0.1 if min(kept) else 0.3
+            limit = 0.1 if min(kept) else 0.6
             assert (relative(got.float(), dense.tensor.float()) <= limit).all()
             assert not got[(dense.tensor == 0).all(-1)].any()
             if kept[1] and rows is None:  # the newest tokens are exact

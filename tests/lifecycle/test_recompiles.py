@@ -73,7 +73,7 @@ def ours(function, **how):
     ("name", "packed", "dense"),
     [
         ("llama", [2, 2, 4, 6, 6, 6, 6, 6], [1, 1, 2, 3, 3, 3, 3, 3]),
-        ("gemma3", [3, 4, 6, 9, 9, 9, 10, 12], [3, 3, 4, 6, 6, 6, 6, 7]),
+        pytest.param("gemma3", [3, 4, 6, 9, 9, 9, 10, 12], [3, 3, 4, 6, 6, 6, 6, 7], marks=pytest.mark.slow),
     ],
 )
 def test_entries_over_eight_caches(name, packed, dense):
