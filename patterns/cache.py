@@ -292,11 +292,10 @@ def _by_sequence(
     for _ in range(missing):
         with buffer.graph.inserting_after(new):
             new = computed(buffer.graph, aten.unsqueeze.default, new, 0)
-    with buffer.graph.inserting_after(_last(new, positions)):
-        if rank == 1:
-            new = computed(buffer.graph, aten.unsqueeze.default, new, 1)
     if rank == 1:
         with buffer.graph.inserting_after(new):
+            new = computed(buffer.graph, aten.unsqueeze.default, new, 1)
+        with buffer.graph.inserting_after(positions):
             positions = computed(buffer.graph, aten.unsqueeze.default, positions, 1)
     kept = iter(range(2, len(sizes)))
     order = [0 if d == batch else 1 if d == slot_dim else next(kept) for d in range(len(sizes))]
