@@ -9,6 +9,7 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -336,6 +337,19 @@ def input_source(placeholder: fx.Node) -> Any:
 def copy_input_source(to: fx.Node, of: fx.Node) -> None:
     """Give a placeholder the source of another."""
     to._dynamo_source = of._dynamo_source  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class _PartSource:
+    """A name in the place of a source; the placeholder does not reach AOTAutograd."""
+
+    name: str
+
+
+def add_part_source(to: fx.Node, of: fx.Node, index: str) -> None:
+    """Name a placeholder that stands for a part of another."""
+    source = input_source(of)
+    to._dynamo_source = _PartSource(f"{'' if source is None else source.name}{index}")  # type: ignore[attr-defined]
 
 
 def copy_parameter_sources(to: fx.GraphModule, of: fx.GraphModule) -> None:

@@ -5,7 +5,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import fx
@@ -24,11 +24,12 @@ from decoquant_compile.patterns import softmax
 from decoquant_compile.patterns.attention import computed_scales
 from decoquant_compile.patterns.cache import CacheWrite
 from decoquant_compile.patterns.match import Held, RebuiltSite, Site, match
-from decoquant_compile.patterns.reject import Reject
+from decoquant_compile.patterns.reject import Reason, Reject
 from decoquant_compile.patterns.symbols import shape
 from decoquant_compile.report import Finding, GraphReport, Untouched
 from decoquant_compile.rewrite import rewrite
 from decoquant_compile.runtime import DenseGraph, PackedGraph, announce
+from decoquant_compile.stacks import Stack, unstack, with_parts
 
 log = logging.getLogger("decoquant_compile")
 
@@ -94,14 +95,30 @@ def contained(report: GraphReport) -> Iterator[None]:
         warnings.warn(f"decoquant_compile: {report}; the cache stays dense", stacklevel=2)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What is to be rewritten in a graph.
+
+    Attributes:
+        normal: the normal form.
+        plans: at least one.
+        formats: the packed format of each cache, by the node that stands for it.
+        stacks: inputs that hold many caches, taken apart in the normal form.
+    """
+
+    normal: Normal
+    plans: list[Plan]
+    formats: dict[fx.Node, Format]
+    stacks: tuple[Stack, ...]
+
+
 def find(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport
-) -> tuple[Normal, list[Plan], dict[fx.Node, Format]] | None:
+) -> Found | None:
     """Normalise a graph and say what to rewrite in it, with a row in the report for each attention.
 
     Returns:
-        The normal form, at least one plan, and the packed format of each cache by the node that stands for it; None,
-        with the reason in the report, where the graph must stay as it is.
+        What to rewrite; None, with the reason in the report, where the graph must stay as it is.
     """
     if not mentions_attention(gm):
         report.untouched = Untouched.NO_ATTENTION
@@ -113,29 +130,77 @@ def find(
     if (why := unsupported(flat, example_inputs)) is not None:
         report.untouched, report.detail = Untouched.UNSUPPORTED, why
         return None
+    whole: set[int] = set()
+    while True:
+        found, findings, left = _search(gm, flat, example_inputs, options, whole)
+        if not left or not found.plans:
+            break
+        whole |= left  # as it came, the graph writes them in place
+    for finding in findings:
+        log.debug("graph %s: %s", report.name, finding)
+    report.findings += findings
+    if not found.plans:
+        report.untouched = Untouched.NO_SITE
+        return None
+    return found
+
+
+def _search(
+    gm: fx.GraphModule, flat: fx.GraphModule, example_inputs: Sequence[Any], options: Options, whole: Collection[int]
+) -> tuple[Found, list[Finding], set[int]]:
+    """Normalise a graph and say what to rewrite in it.
+
+    Args:
+        gm: the graph that Dynamo traced.
+        flat: the same without `vmap`.
+        example_inputs: its inputs.
+        options: checked.
+        whole: positions of inputs that are not to be taken apart.
+
+    Returns:
+        What to rewrite; a row for each attention; the inputs that were taken apart although they must stay whole.
+    """
     normal = normalise(flat, example_inputs)
     softmax.fold(normal.graph)
     traced = gm.graph.find_nodes(op="placeholder")
     _compat.make_constant(traced[normal.placeholders.index(node)] for node in computed_scales(normal.graph))
-    results = match(normal, _held(normal, example_inputs))
-    formats = _formats([r for r in results if not isinstance(r, Reject)], normal, example_inputs, options)
-    plans: list[Plan] = []
+    stacks = unstack(normal, whole)
+    inputs, placeholders = with_parts(example_inputs, stacks), normal.placeholders
+    tensor_of = {placeholders[at]: placeholders[stack.index] for stack in stacks for at in stack.positions}
+    results = match(normal, _held(normal, inputs))
+    formats = _formats([r for r in results if not isinstance(r, Reject)], normal, inputs, options)
+    findings: list[Finding] = []
+    planned: dict[int, Plan] = {}  # by the number of the finding
+    limited: set[fx.Node] = set()  # the tensors that are packed by now
     for result in results:
-        finding, plan = _decide(result, normal, formats, options, {_caches(site)[0][1].cache for site in plans})
-        report.findings.append(finding)
-        log.debug("graph %s: %s", report.name, finding)
+        finding, plan = _decide(result, normal, formats, options, limited, tensor_of)
         if plan is not None:
-            plans.append(plan)
-    if not plans:
-        report.untouched = Untouched.NO_SITE
-        return None
-    return normal, plans, formats
+            first = _caches(plan)[0][1].cache
+            limited.add(tensor_of.get(first, first))
+            planned[len(findings)] = plan
+        findings.append(finding)
+    left: set[fx.Node] = set()
+    while more := _incomplete(tensor_of, planned.values()) - left:
+        left |= more
+        for number, plan in list(planned.items()):
+            if shared := [t for _, write, _ in _caches(plan) if (t := tensor_of.get(write.cache)) in left]:
+                why = f"in {normal.source(shared[0])}"
+                findings[number] = replace(findings[number], outcome=Reason.SHARED_TENSOR.name, detail=why)
+                del planned[number]
+    found = Found(normal, list(planned.values()), formats, stacks)
+    return found, findings, {placeholders.index(node) for node in left}
+
+
+def _incomplete(tensor_of: Mapping[fx.Node, fx.Node], plans: Collection[Plan]) -> set[fx.Node]:
+    """The inputs that hold caches of which not all are planned for."""
+    planned = {write.cache for plan in plans for _, write, _ in _caches(plan)}
+    return {tensor for cache, tensor in tensor_of.items() if cache not in planned}
 
 
 def _held(normal: Normal, example_inputs: Sequence[Any]) -> dict[fx.Node, Held]:
     """The inputs of a graph that are whole handles."""
     handles = [(node, x) for node, x in zip(normal.placeholders, example_inputs, strict=True) if is_whole(x)]
-    return {node: Held(x._dims, isinstance(x._state, GrowingState)) for node, x in handles}
+    return {node: Held(x._dims, isinstance(x._state, GrowingState)) for node, x in handles if x._parts is None}
 
 
 def mentions_attention(gm: fx.GraphModule) -> bool:
@@ -157,14 +222,24 @@ def _decide(
     formats: Mapping[fx.Node, Format],
     options: Options,
     packed: Collection[fx.Node],
+    tensor_of: Mapping[fx.Node, fx.Node],
 ) -> tuple[Finding, Plan | None]:
-    """What becomes of an attention, when others are to be rewritten whose first caches are `packed`."""
+    """What becomes of an attention.
+
+    Args:
+        result: what it is.
+        normal: the graph.
+        formats: of all caches.
+        options: checked.
+        packed: the tensors of the first caches of the attentions before that are rewritten.
+        tensor_of: the input that holds a cache, where it holds others, too.
+    """
     if isinstance(result, Reject):
         return Finding.of(result, ""), None
     writes = [write for _, write, _ in _caches(result)]
     first, limit = writes[0], options.max_rewrites
     source = "" if first.born else normal.source(first.buffer)
-    if limit is not None and len(packed) >= limit and first.cache not in packed:
+    if limit is not None and len(packed) >= limit and tensor_of.get(first.cache, first.cache) not in packed:
         why = f"max_rewrites={limit}"
         return replace(Finding.of(result, source, why), outcome="MAX_REWRITES"), None
     held = (formats[write.cache] for write in writes)
@@ -224,10 +299,9 @@ def packed(
     found = find(gm, example_inputs, options, report)
     if found is None:
         return None
-    normal, plans, formats = found
     if log.isEnabledFor(logging.DEBUG):
-        log.debug("normalised graph:\n%s", str(normal.graph))  # as text: it is changed in place
-    rewritten = rewrite(normal, plans, formats)
+        log.debug("normalised graph:\n%s", str(found.normal.graph))  # as text: it is changed in place
+    rewritten = rewrite(found.normal, found.plans, found.formats, found.stacks)
     log.debug("rewritten graph:\n%s", rewritten.gm.graph)
     _compat.trace_artifact("rewritten", lambda: str(rewritten.gm.graph))
     inputs = [*(_compat.canonical(example_inputs[i]) for i in rewritten.kept), *rewritten.examples]
@@ -237,7 +311,16 @@ def packed(
         at for at, i in enumerate(rewritten.kept) if isinstance(example_inputs[i], CacheTensor) and i not in bound
     )
     return PackedGraph(
-        fn, rewritten.kept, handles, rewritten.bindings, rewritten.probe, rewritten.sizes, report, gm, patches
+        fn,
+        rewritten.kept,
+        handles,
+        rewritten.bindings,
+        found.stacks,
+        rewritten.probe,
+        rewritten.sizes,
+        report,
+        gm,
+        patches,
     )
 
 

@@ -1,9 +1,11 @@
 """Which dimension of a cache tensor is what, and the tensor as [batch, heads, slots, channels]."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 Group: TypeAlias = int | tuple[int, ...]
@@ -63,3 +65,35 @@ def laid_out(tensor: Tensor, dims: Dims) -> Tensor:
         shape = shape_of(tensor.shape, dims)
         tensor = tensor.reshape([shape[dim] for dim in order(dims)])
     return tensor.permute(order_back(dims))
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """How a tensor holds many caches, as those of all layers.
+
+    Attributes:
+        axes: the dims along which they stand, the outermost first, each as it is counted once those before are gone.
+        counts: their sizes.
+    """
+
+    axes: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def number(self) -> int:
+        """How many they are."""
+        return prod(self.counts)
+
+    def apart(self, tensor: Tensor) -> list[Tensor]:
+        """The caches, as views; the last axis counts fastest."""
+        parts = [tensor]
+        for axis in self.axes:
+            parts = [part for whole in parts for part in whole.unbind(axis)]
+        return parts
+
+    def together(self, parts: Sequence[Tensor]) -> Tensor:
+        """The tensor that holds such caches, not contiguous."""
+        whole = torch.stack(list(parts)).unflatten(0, self.counts)
+        for i in reversed(range(len(self.axes))):
+            whole = whole.movedim(i, i + self.axes[i])
+        return whole

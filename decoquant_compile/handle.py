@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from decoquant_compile import _compat, _storage
-from decoquant_compile.dims import BHSD, Dims, arranged, laid_out, shape_of
+from decoquant_compile.dims import BHSD, Dims, Stacking, arranged, laid_out, shape_of
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import CacheState, GrowingState
 from decoquant_compile.kernels.tiles import TILE
@@ -38,10 +38,12 @@ class CacheTensor(Tensor):
     """
 
     _state: CacheState | None = None
-    """Packed content; None for a view. A `GrowingState` may be that of many handles, each a stretch of its slots."""
+    """Packed content; None for a view or a stack. A `GrowingState` may be that of many handles, each a stretch of it."""
     _first: int = 0
     """Slot, in a `GrowingState`, of the first token."""
     _dims: Dims = BHSD
+    _parts: "Parts | None" = None
+    """Of a stack, a tensor that holds many caches: a handle for each."""
     _root: Tensor | None = None
     """The cache tensor that a view looks into: a handle, or plain again after `restore`."""
     dense_calls: int = 0
@@ -79,6 +81,11 @@ class CacheTensor(Tensor):
                 target.copy_(torch.where(_bits(before) != _bits(after), after.detach(), target))
             transients.commit()
             return
+        if self._parts is not None:
+            apart = self._parts.stacking.apart
+            for part, old, new in zip(self._parts.handles, apart(before), apart(after), strict=True):
+                part.store_changes(old, new)
+            return
         state = _own(self)
         with internal():
             after = arranged(after.detach(), self._dims)
@@ -88,6 +95,12 @@ class CacheTensor(Tensor):
                 rows = changed[:, positions]
                 new = after.index_select(2, positions)
                 state.write(new, positions + self._first, rows=None if bool(rows.all()) else rows)
+
+    def states(self) -> list[CacheState]:
+        """The packed states of a whole handle: one, or those of all caches that it holds."""
+        if self._parts is not None:
+            return [state for part in self._parts.handles for state in part.states()]
+        return [] if self._state is None else [self._state]
 
     def set_(self, *_args: Any, **_kwargs: Any) -> Any:
         """Refused, as all that needs the memory; PyTorch does not pass it to `__torch_function__`."""
@@ -120,9 +133,32 @@ class CacheTensor(Tensor):
         if self._root is not None:
             root = repr(self._root) if isinstance(self._root, CacheTensor) else "a dense tensor"
             return f"CacheTensor(view, {shape}, of={root})"
+        if self._parts is not None:
+            return f"CacheTensor({shape}, caches={len(self._parts.handles)}, nbytes={sum(s.nbytes for s in self.states())})"
         state = self._state
         assert state is not None
         return f"CacheTensor({shape}, role={state.format.role}, bits={state.format.bits}, nbytes={state.nbytes})"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The caches of a stack.
+
+    Attributes:
+        stacking: where they stand in it.
+        handles: of each, whole.
+    """
+
+    stacking: Stacking
+    handles: tuple[Any, ...]
+
+    def dense(self) -> Tensor:
+        """The content of the stack."""
+        return self.stacking.together([part.dense() for part in self.handles])
+
+    def clone(self) -> "Parts":
+        """Independent copies, still packed."""
+        return Parts(self.stacking, tuple(_clone(part) for part in self.handles))
 
 
 def pack(tensor: Tensor, state: CacheState, dims: Dims, storage: torch.UntypedStorage, first: int = 0) -> None:
@@ -134,6 +170,21 @@ def pack(tensor: Tensor, state: CacheState, dims: Dims, storage: torch.UntypedSt
     tensor.__class__ = CacheTensor
     assert isinstance(tensor, CacheTensor)
     tensor._state, tensor._dims, tensor._first = state, dims, first
+
+
+def pack_parts(tensor: Tensor, parts: Parts, storage: torch.UntypedStorage) -> None:
+    """Make `tensor` a handle of many caches; `storage` as for `pack`."""
+    _storage.exchange(tensor, storage)
+    tensor.__class__ = CacheTensor
+    assert isinstance(tensor, CacheTensor)
+    tensor._parts = parts
+
+
+def parts_of(tensor: object, stacking: Stacking) -> tuple[Tensor, ...] | None:
+    """The handles of the caches that a whole handle holds in this way; None for anything else."""
+    if not isinstance(tensor, CacheTensor) or tensor._parts is None or tensor._parts.stacking != stacking:
+        return None
+    return tensor._parts.handles
 
 
 def state_of(tensor: object, dims: Dims) -> CacheState | None:
@@ -198,7 +249,7 @@ def stretch_of(tensor: object, dims: Dims) -> Stretch | None:
 
 def is_whole(tensor: object) -> TypeGuard[CacheTensor]:
     """Whether a tensor is a handle and no view of one."""
-    return isinstance(tensor, CacheTensor) and tensor._state is not None
+    return isinstance(tensor, CacheTensor) and tensor._root is None
 
 
 def format_of(tensor: object, dims: Dims) -> Format | None:
@@ -244,7 +295,7 @@ def unpack(handle: CacheTensor) -> None:
 def _give_memory(root: CacheTensor, storage: torch.UntypedStorage) -> None:
     with _compat.no_subclass_dispatch():
         _storage.exchange(root, storage)
-    for name in ("_state", "_first", "_dims", "dense_calls"):
+    for name in ("_state", "_first", "_dims", "_parts", "dense_calls"):
         root.__dict__.pop(name, None)
     root.__class__ = Tensor  # type: ignore[assignment]
 
@@ -290,10 +341,12 @@ class Transients:
         return self._dense[id(value)][0]
 
     def _read(self, root: CacheTensor) -> Tensor:
-        assert root._state is not None
         with internal():  # a transient of inference mode would not count its versions
-            dense = laid_out(_content(root), root._dims).contiguous()
-            shared = _compat.storage_id(dense) == _compat.storage_id(root._state.buffer)
+            if root._parts is not None:
+                dense = root._parts.dense().contiguous()
+            else:
+                dense = laid_out(_content(root), root._dims).contiguous()
+            shared = any(_compat.storage_id(dense) == _compat.storage_id(state.buffer) for state in root.states())
             if shared or dense.is_inference() or dense.untyped_storage().nbytes() != dense.nbytes:
                 dense = dense.clone()
         self._roots[_compat.storage_id(dense)] = (root, dense, _compat.version(dense))
@@ -382,21 +435,39 @@ def handle_of(state: CacheState, dims: Dims, first: int = 0, length: int | None 
     """
     shape = dense_shape(state, dims, length)
     dtype, device = state.format.dtype, state.buffer.device
+    handle = _blank(shape, dtype, device, _reserved(state, device, 1))
+    handle._state, handle._dims, handle._first = state, dims, first
+    return handle
+
+
+def stack_of(parts: Parts) -> Tensor:
+    """A new handle of many caches."""
+    first, number = parts.handles[0], len(parts.handles)
+    with _compat.no_subclass_dispatch():
+        like = [torch.empty(part.shape, device="meta") for part in parts.handles]
+        dtype, device = first.dtype, first.device
+    shape = parts.stacking.together(like).shape
+    handle = _blank(shape, dtype, device, _reserved(first.states()[0], device, number))
+    handle._parts = parts
+    return handle
+
+
+def _blank(shape: torch.Size, dtype: torch.dtype, device: torch.device, reserved: _storage.Reserved) -> CacheTensor:
+    """A handle by its metadata alone."""
     with internal():
-        storage = _reserved(state, device).storage(shape.numel() * dtype.itemsize)
+        storage = reserved.storage(shape.numel() * dtype.itemsize)
         tensor = torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape)  # type: ignore[call-overload]
     tensor.__class__ = CacheTensor
-    tensor._state, tensor._dims, tensor._first = state, dims, first
-    handle: Tensor = tensor
+    handle: CacheTensor = tensor
     return handle
 
 
 _RESERVED: WeakKeyDictionary[CacheState, _storage.Reserved] = WeakKeyDictionary()
 
 
-def _reserved(state: CacheState, device: torch.device) -> _storage.Reserved:
-    """Addresses for the handles of a state: to map them anew for each handle of a growing cache would take long."""
-    nbytes = dense_shape(state, BHSD).numel() * state.format.dtype.itemsize
+def _reserved(state: CacheState, device: torch.device, number: int) -> _storage.Reserved:
+    """Addresses for the handles of a state, or of so many like it: to map them anew for each handle would take long."""
+    nbytes = dense_shape(state, BHSD).numel() * state.format.dtype.itemsize * number
     reserved = _RESERVED.get(state)
     if reserved is None or reserved.nbytes < nbytes:
         reserved = _RESERVED[state] = _storage.Reserved(nbytes, device)
@@ -536,7 +607,7 @@ def _try(special: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 def _whole(handle: CacheTensor, dim: object) -> int | None:
     """The role of dimension `dim` of a whole handle (0 batch, 1 head, 2 slot, 3 channel), else None."""
     rank = handle.dim()
-    if handle._root is not None or type(dim) is not int or not -rank <= dim < rank or dim % rank not in handle._dims:
+    if handle._state is None or type(dim) is not int or not -rank <= dim < rank or dim % rank not in handle._dims:
         return None
     return handle._dims.index(dim % rank)
 
@@ -627,9 +698,11 @@ def _repeat_interleave(
 
 
 def _clone(handle: CacheTensor, *, memory_format: torch.memory_format = torch.preserve_format) -> Any:
-    if handle._state is None or memory_format not in (torch.preserve_format, torch.contiguous_format):
+    if not is_whole(handle) or memory_format not in (torch.preserve_format, torch.contiguous_format):
         return NotImplemented
     with internal():
+        if handle._parts is not None:
+            return stack_of(handle._parts.clone())
         if (stretch := stretch_of(handle, handle._dims)) is not None:  # whoever writes to it copies it first
             return handle_of(stretch.state, handle._dims, stretch.first, stretch.length)
         return handle_of(handle._state.clone(), handle._dims)
@@ -644,7 +717,7 @@ def _deepcopy(handle: CacheTensor, memo: dict[int, Any]) -> Any:
     else:
         result = _clone(handle)
     memo[id(handle)] = result
-    own = ("_state", "_first", "_dims", "_root")
+    own = ("_state", "_first", "_dims", "_parts", "_root")
     result.__dict__.update({k: copy.deepcopy(v, memo) for k, v in handle.__dict__.items() if k not in own})
     return result
 

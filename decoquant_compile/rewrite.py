@@ -22,6 +22,7 @@ from decoquant_compile.patterns.cache import CacheWrite
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.match import RebuiltCache, RebuiltSite, Site
 from decoquant_compile.patterns.symbols import Int, known, shape
+from decoquant_compile.stacks import Stack
 
 aten = torch.ops.aten
 
@@ -110,7 +111,7 @@ class Rewritten:
     Attributes:
         gm: ready for Inductor; its inputs are Dynamo's inputs `kept`, then one state buffer for each binding, then, for
             each binding that `is_placed`, the slots of its state and the first slot of what the input shows.
-        kept: positions, among Dynamo's inputs, of those that the graph still takes.
+        kept: positions, among the inputs of the graph as it came, of those that the graph still takes.
         bindings: the cache tensors, in the order of the state buffers: keys and values in turn.
         examples: example buffers and numbers for the compiler.
         probe: what takeover needs to know.
@@ -125,23 +126,30 @@ class Rewritten:
     sizes: Sizes
 
 
-def rewrite(normal: Normal, sites: Sequence[Site | RebuiltSite], formats: Mapping[fx.Node, Format]) -> Rewritten:
+def rewrite(
+    normal: Normal,
+    sites: Sequence[Site | RebuiltSite],
+    formats: Mapping[fx.Node, Format],
+    stacks: Sequence[Stack] = (),
+) -> Rewritten:
     """Replace each site's cache writes by `store` and its attention by `attend`, or its caches by `dequantise`.
 
     Args:
         normal: the normalised graph; it is changed in place.
         sites: what to rewrite, in the graph's order, with all sites over the same caches.
         formats: how each cache is packed, by the node that stands for it.
+        stacks: inputs that were taken apart into caches.
 
     Returns:
         The graph, finished for Inductor, with the inputs it takes now.
     """
-    return _Rewriter(normal).run(sites, formats)
+    return _Rewriter(normal, stacks).run(sites, formats)
 
 
 @dataclass
 class _Rewriter:
     normal: Normal
+    stacks: Sequence[Stack] = ()
     bindings: list[Binding] = field(default_factory=list)
     states: dict[fx.Node, fx.Node] = field(default_factory=dict)  # by cache tensor
     examples: list[Tensor] = field(default_factory=list)
@@ -191,8 +199,9 @@ class _Rewriter:
             # A view was chosen for the strides of an operand that may be another now.
             node.target = aten.reshape.default
         gm = finish(self.normal)
+        gone = {inputs[b.index] for b in self.bindings if b.index is not None} | {inputs[s.index] for s in self.stacks}
         for node in gm.graph.find_nodes(op="placeholder"):
-            if not node.users and node in {inputs[b.index] for b in self.bindings if b.index is not None}:
+            if not node.users and node in gone:
                 gm.graph.erase_node(node)
         gm.recompile()
         left = gm.graph.find_nodes(op="placeholder")

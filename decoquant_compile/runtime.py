@@ -12,10 +12,11 @@ from torch import Tensor, fx
 
 from decoquant_compile import growth
 from decoquant_compile.growth import Opened
-from decoquant_compile.handle import CacheTensor, Transients, format_of, state_of, unpack
+from decoquant_compile.handle import CacheTensor, Transients, format_of, is_whole, state_of, unpack
 from decoquant_compile.kernels.state import CacheState
 from decoquant_compile.report import GraphReport, Report, TakenOver
 from decoquant_compile.rewrite import Binding, Probe, Sizes
+from decoquant_compile.stacks import Stack, with_parts
 from decoquant_compile.takeover import Claim, Obstructed, obstacle, take_over
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class PackedGraph:
         kept: positions of Dynamo's inputs that the graph still takes.
         handles: positions, among the kept inputs, of handles that the graph reads as any other tensor.
         bindings: its cache tensors.
+        stacks: inputs that hold many of them, which the graph takes apart: their parts come behind Dynamo's inputs.
         probe: tells what a cache holds that is not ours yet.
         sizes: tells how large the caches are that it returns.
         report: the graph's report.
@@ -127,6 +129,7 @@ class PackedGraph:
     kept: tuple[int, ...]
     handles: tuple[int, ...]
     bindings: tuple[Binding, ...]
+    stacks: tuple[Stack, ...]
     probe: Probe
     sizes: Sizes
     report: GraphReport
@@ -139,20 +142,22 @@ class PackedGraph:
         numbered = enumerate(self.bindings)
         self._in_place = tuple(i for i, binding in numbered if binding.writes and not binding.outputs)
 
-    def __call__(self, *args: Any) -> Sequence[Any]:
+    def __call__(self, *given: Any) -> Sequence[Any]:
         """Run it, in Dynamo's calling convention."""
         announce(self.report)
         self.report.calls += 1
-        foreign = [i for i in self._in_place if not _is_held(self._tensor(args, i), self.bindings[i])]
+        args = with_parts(given, self.stacks)
+        foreign = self._foreign(args)
         try:
             if foreign:
                 self._take_over(args, foreign)
+                args = with_parts(given, self.stacks)
             opened = self._open(args) if len(self._in_place) < len(self.bindings) else {}
         except Obstructed as error:
-            return self._run_dense(args, self._why(foreign, error.reasons))
+            return self._run_dense(given, self._why(foreign, error.reasons))
         except Exception as error:
             log.exception("graph %s: takeover failed, the call runs dense", self.report.name)
-            return self._run_dense(args, f"takeover failed: {type(error).__name__}: {error}")
+            return self._run_dense(given, f"takeover failed: {type(error).__name__}: {error}")
         buffers = [
             self._tensor(args, i)._state.buffer if i not in opened else opened[i].state.buffer
             for i in range(len(self.bindings))
@@ -171,6 +176,24 @@ class PackedGraph:
         else:
             results = self.fn(*kept, *buffers, *numbers)
         return self._with_handles(results, opened) if opened else results
+
+    def _foreign(self, args: Sequence[Any]) -> list[int]:
+        """The numbers of the bindings whose caches are not held in the right way yet, with all that share a tensor."""
+        foreign = {i for i in self._in_place if not _is_held(self._tensor(args, i), self.bindings[i])}
+        for stack in self.stacks if foreign else ():
+            shared = [i for i in self._in_place if self.bindings[i].index in stack.positions]
+            if not foreign.isdisjoint(shared):
+                foreign.update(shared)
+        return sorted(foreign)
+
+    def _claim(self, args: Sequence[Any], binding: Binding) -> Claim:
+        """What is to be taken over for a binding."""
+        assert binding.index is not None
+        for stack in self.stacks:
+            if binding.index in stack.positions:
+                part = binding.index - stack.first
+                return Claim(args[stack.index], binding.dims, binding.format, stack.stacking, part)
+        return Claim(args[binding.index], binding.dims, binding.format)
 
     def _tensor(self, args: Sequence[Any], number: int) -> Any:
         """The cache tensor of a binding; None where the graph creates it."""
@@ -252,35 +275,30 @@ class PackedGraph:
             Obstructed: a tensor cannot be taken over.
         """
         bindings = [self.bindings[i] for i in foreign]
-        tensors: list[Tensor] = [self._tensor(args, i) for i in foreign]
+        claims = [self._claim(args, binding) for binding in bindings]
         reasons = [
-            None if isinstance(tensor, CacheTensor) and tensor._state is not None else obstacle(tensor, binding.dims)
-            for tensor, binding in zip(tensors, bindings, strict=True)
+            None if is_whole(claim.tensor) or claim.part else obstacle(claim.tensor, claim.whole_dims)
+            for claim in claims
         ]
         if any(reasons):
             raise Obstructed(reasons)
-        for tensor in tensors:
-            if isinstance(tensor, CacheTensor):  # packed, but in another format or layout
-                unpack(tensor)
+        for claim in claims:
+            if isinstance(claim.tensor, CacheTensor):  # packed, but in another format or layout
+                unpack(claim.tensor)
         outputs = self._probed(args)
         lengths: list[int | None] = []
         masks: list[tuple[Tensor, int] | None] = []
-        for i, tensor in zip(foreign, tensors, strict=True):
+        for i, claim in zip(foreign, claims, strict=True):
             at = self.probe.length[i]
             length = None if at is None else outputs[at]
             if isinstance(length, Tensor):  # the slots that this call writes; negative ones count from the end
-                slots = tensor.shape[self.bindings[i].dims[2]]
+                slots = claim.cache.shape[claim.dims[2]]
                 length = int(length.remainder(slots).min()) if length.numel() else None
             lengths.append(length)
             masks.append(self._mask(i, outputs))
-        claims = [
-            Claim(tensor, binding.dims, binding.format) for tensor, binding in zip(tensors, bindings, strict=True)
-        ]
-        take_over(claims, lengths=lengths, masks=masks)
-        for tensor, binding, length in zip(tensors, bindings, lengths, strict=True):
-            assert isinstance(tensor, CacheTensor)
-            assert tensor._state is not None
-            self._tell(binding, tensor._state, filled=length != 0)
+        states = take_over(claims, lengths=lengths, masks=masks)
+        for state, binding, length in zip(states, bindings, lengths, strict=True):
+            self._tell(binding, state, filled=length != 0)
         log.info("graph %s: took over %d cache tensors", self.report.name, len(claims))
 
     def _why(self, foreign: Sequence[int], reasons: Sequence[str | None]) -> str:

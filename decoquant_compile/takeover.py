@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from decoquant_compile import _compat, _storage
-from decoquant_compile.dims import Dims, arranged, order
-from decoquant_compile.handle import CacheTensor, pack, settle, unpack
+from decoquant_compile.dims import Dims, Stacking, arranged, order
+from decoquant_compile.handle import CacheTensor, Parts, handle_of, pack, pack_parts, settle, unpack
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import CacheState
 from decoquant_compile.members import members
@@ -21,17 +21,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Claim:
-    """One cache tensor to take over.
+    """One cache to take over.
 
     Attributes:
         tensor: the dense tensor; becomes a handle.
-        dims: which of its dimensions is batch, head, slot, channel.
+        dims: which dimension of the cache is batch, head, slot, channel.
         format: how its tokens are to be stored.
+        stacking: how the tensor holds many caches; all of them are claimed, in order. None: it is the cache.
+        part: which of them it is.
     """
 
     tensor: Tensor
     dims: Dims
     format: Format
+    stacking: Stacking | None = None
+    part: int = 0
+
+    @property
+    def whole_dims(self) -> Dims | None:
+        """The dimensions of the tensor, as `obstacle` takes them."""
+        return self.dims if self.stacking is None else None
+
+    @property
+    def cache(self) -> Tensor:
+        """The cache: the tensor, or a view of it."""
+        return self.tensor if self.stacking is None else self.stacking.apart(self.tensor)[self.part]
 
 
 class Obstructed(RuntimeError):  # noqa: N818 - a condition, not a fault
@@ -47,12 +61,12 @@ class Obstructed(RuntimeError):  # noqa: N818 - a condition, not a fault
         super().__init__("; ".join(found))
 
 
-def obstacle(tensor: Tensor, dims: Dims) -> str | None:
+def obstacle(tensor: Tensor, dims: Dims | None) -> str | None:
     """Why a tensor cannot be taken over now: its memory could not be released, or somebody else would miss it.
 
     Args:
         tensor: a cache tensor.
-        dims: which of its dimensions is batch, head, slot, channel.
+        dims: which of its dimensions is batch, head, slot, channel; None for one that holds many caches.
     """
     if settle(tensor):
         return "is a view of a packed cache" if tensor._root is not None else "is packed already"
@@ -66,7 +80,7 @@ def obstacle(tensor: Tensor, dims: Dims) -> str | None:
         return f"has dtype {tensor.dtype}, not float32, bfloat16 or float16"
     if tensor.requires_grad:
         return "requires grad"
-    if sorted(order(dims)) != list(range(tensor.dim())):
+    if dims is not None and sorted(order(dims)) != list(range(tensor.dim())):
         return f"has shape {tuple(tensor.shape)}, whose batch, head, slot and channel are not dimensions {dims}"
     if tensor.numel() == 0:
         return f"is empty: shape {tuple(tensor.shape)}"
@@ -84,7 +98,7 @@ def obstacle(tensor: Tensor, dims: Dims) -> str | None:
 
 def take_over(
     claims: Sequence[Claim], *, lengths: Sequence[int | None], masks: Sequence[tuple[Tensor, int] | None]
-) -> None:
+) -> list[CacheState]:
     """Move cache tensors into packed states, release their memory and make them handles; all of them or none.
 
     Slots that are all zero count as never written. At most one tensor's tokens are copied at a time, beside the packed
@@ -98,28 +112,39 @@ def take_over(
             ``[batch | 1, heads | 1, queries | 1, length]``, with the slot of its column 0. Tells where left-padded
             sequences start. None means that there is no padding.
 
+    Returns:
+        The packed state of each.
+
     Raises:
         Obstructed: a tensor cannot be taken over; nothing was changed.
     """
-    times = Counter(id(claim.tensor) for claim in claims)
+    times = Counter((id(claim.tensor), claim.part) for claim in claims)
     reasons = [
-        obstacle(claim.tensor, claim.dims)
+        obstacle(claim.tensor, claim.whole_dims)
         or _misfit(claim)
-        or ("is claimed twice" if times[id(claim.tensor)] > 1 else None)
+        or ("is claimed twice" if times[id(claim.tensor), claim.part] > 1 else None)
         for claim in claims
     ]
     if any(reasons):
         raise Obstructed(reasons)
-    taken = [
-        (claim, _ingest(claim, length, mask), _storage.released(claim.tensor.nbytes, claim.tensor.device))
-        for claim, length, mask in zip(claims, lengths, masks, strict=True)
-    ]
-    for claim, state, released in taken:
-        pack(claim.tensor, state, claim.dims, released)
+    states = [_ingest(claim, length, mask) for claim, length, mask in zip(claims, lengths, masks, strict=True)]
+    by_tensor: dict[int, list[tuple[Claim, CacheState]]] = {}
+    for claim, state in sorted(zip(claims, states, strict=True), key=lambda pair: pair[0].part):
+        by_tensor.setdefault(id(claim.tensor), []).append((claim, state))
+    taken = [(of, _storage.released(of[0][0].tensor.nbytes, of[0][0].tensor.device)) for of in by_tensor.values()]
+    for of, released in taken:
+        claim, state = of[0]
+        if claim.stacking is None:
+            pack(claim.tensor, state, claim.dims, released)
+        else:
+            handles = tuple(handle_of(state, claim.dims) for claim, state in of)
+            pack_parts(claim.tensor, Parts(claim.stacking, handles), released)
+    return states
 
 
 def _misfit(claim: Claim) -> str | None:
-    held = (claim.tensor.shape[claim.dims[3]], claim.tensor.dtype)
+    cache = claim.cache
+    held = (cache.shape[claim.dims[3]], cache.dtype)
     wanted = (claim.format.head_dim, claim.format.dtype)
     return None if held == wanted else f"has channels and dtype {held}, but its format says {wanted}"
 
@@ -127,7 +152,7 @@ def _misfit(claim: Claim) -> str | None:
 def _ingest(claim: Claim, length: int | None, mask: tuple[Tensor, int] | None) -> CacheState:
     """A packed state with the content of a dense tensor."""
     with torch.inference_mode(mode=False), torch.no_grad():
-        dense = arranged(claim.tensor, claim.dims)
+        dense = arranged(claim.cache, claim.dims)
         batch, heads, slots, _ = dense.shape
         state = CacheState.empty(claim.format, batch, heads, slots, dense.device)
         ingest(dense, state, length, mask)
@@ -205,8 +230,7 @@ def nbytes(cache: object) -> Bytes:
     for tensor in _tensors(cache):
         root = tensor if not isinstance(tensor, CacheTensor) or tensor._root is None else tensor._root
         if isinstance(root, CacheTensor):
-            assert root._state is not None
-            packed[id(root._state)] = root._state.nbytes
+            packed.update({id(state): state.nbytes for state in root.states()})
         elif root.layout == torch.strided and root.device.type != "meta":
             dense[_compat.storage_id(root)] = root.untyped_storage().nbytes()
     return Bytes(sum(packed.values()), sum(dense.values()))

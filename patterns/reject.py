@@ -26,6 +26,7 @@ class Reason(enum.Enum):
     POSITIONS_DIFFER = "keys and values are written or read at different positions"
     RAGGED = "each sequence is written at positions of its own"
     SAME_TENSOR = "keys and values share one tensor"
+    SHARED_TENSOR = "the tensor holds other caches as well, and not all of them can be packed"
     SHARED_CACHE = "several attentions read this cache, and not all of them in a way that is rewritten"
     CACHE_VALUE_ESCAPES = "something besides this attention uses the cache"
     COMPUTE_AFTER_CACHE = "keys or values are computed from what is cached (rotary embedding, dequantisation)"
