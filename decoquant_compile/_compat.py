@@ -349,7 +349,7 @@ class _PartSource:
 def add_part_source(to: fx.Node, of: fx.Node, index: str) -> None:
     """Name a placeholder that stands for a part of another."""
     source = input_source(of)
-    to._dynamo_source = _PartSource(f"{'' if source is None else source.name}{index}")  # type: ignore[attr-defined]
+    to._dynamo_source = _PartSource(f"{'' if source is None else source.name}{index}")
 
 
 def copy_parameter_sources(to: fx.GraphModule, of: fx.GraphModule) -> None:

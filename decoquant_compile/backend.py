@@ -104,17 +104,17 @@ class Found:
         plans: at least one.
         formats: the packed format of each cache, by the node that stands for it.
         stacks: inputs that hold many caches, taken apart in the normal form.
+        inputs: of the normal form.
     """
 
     normal: Normal
     plans: list[Plan]
     formats: dict[fx.Node, Format]
     stacks: tuple[Stack, ...]
+    inputs: Sequence[Any]
 
 
-def find(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport
-) -> Found | None:
+def find(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport) -> Found | None:
     """Normalise a graph and say what to rewrite in it, with a row in the report for each attention.
 
     Returns:
@@ -166,7 +166,8 @@ def _search(
     _compat.make_constant(traced[normal.placeholders.index(node)] for node in computed_scales(normal.graph))
     stacks = unstack(normal, whole)
     inputs, placeholders = with_parts(example_inputs, stacks), normal.placeholders
-    tensor_of = {placeholders[at]: placeholders[stack.index] for stack in stacks for at in stack.positions}
+    caches = [(s, [normal.outputs[i] for i in s.results] or [placeholders[i] for i in s.positions]) for s in stacks]
+    tensor_of = {cache: placeholders[stack.index] for stack, parts in caches for cache in parts}
     results = match(normal, _held(normal, inputs))
     formats = _formats([r for r in results if not isinstance(r, Reject)], normal, inputs, options)
     findings: list[Finding] = []
@@ -187,7 +188,7 @@ def _search(
                 why = f"in {normal.source(shared[0])}"
                 findings[number] = replace(findings[number], outcome=Reason.SHARED_TENSOR.name, detail=why)
                 del planned[number]
-    found = Found(normal, list(planned.values()), formats, stacks)
+    found = Found(normal, list(planned.values()), formats, stacks, inputs)
     return found, findings, {placeholders.index(node) for node in left}
 
 
@@ -304,11 +305,11 @@ def packed(
     rewritten = rewrite(found.normal, found.plans, found.formats, found.stacks)
     log.debug("rewritten graph:\n%s", rewritten.gm.graph)
     _compat.trace_artifact("rewritten", lambda: str(rewritten.gm.graph))
-    inputs = [*(_compat.canonical(example_inputs[i]) for i in rewritten.kept), *rewritten.examples]
+    inputs = [*(_compat.canonical(found.inputs[i]) for i in rewritten.kept), *rewritten.examples]
     fn = compiler(rewritten.gm, inputs, config_patches=patches)
     bound = {binding.index for binding in rewritten.bindings if binding.index is not None}
     handles = tuple(
-        at for at, i in enumerate(rewritten.kept) if isinstance(example_inputs[i], CacheTensor) and i not in bound
+        at for at, i in enumerate(rewritten.kept) if isinstance(found.inputs[i], CacheTensor) and i not in bound
     )
     return PackedGraph(
         fn,

@@ -97,3 +97,11 @@ class Stacking:
         for i in reversed(range(len(self.axes))):
             whole = whole.movedim(i, i + self.axes[i])
         return whole
+
+    def dim_of(self, dim: int) -> int | None:
+        """Which dimension of each cache a dimension of the tensor is; None for one along which they stand."""
+        for axis in self.axes:
+            if dim == axis:
+                return None
+            dim -= dim > axis
+        return dim

@@ -38,7 +38,7 @@ class CacheTensor(Tensor):
     """
 
     _state: CacheState | None = None
-    """Packed content; None for a view or a stack. A `GrowingState` may be that of many handles, each a stretch of it."""
+    """Packed content; None for a view or a stack. A `GrowingState` may belong to many handles, each a stretch of it."""
     _first: int = 0
     """Slot, in a `GrowingState`, of the first token."""
     _dims: Dims = BHSD
@@ -134,7 +134,8 @@ class CacheTensor(Tensor):
             root = repr(self._root) if isinstance(self._root, CacheTensor) else "a dense tensor"
             return f"CacheTensor(view, {shape}, of={root})"
         if self._parts is not None:
-            return f"CacheTensor({shape}, caches={len(self._parts.handles)}, nbytes={sum(s.nbytes for s in self.states())})"
+            nbytes = sum(state.nbytes for state in self.states())
+            return f"CacheTensor({shape}, caches={len(self._parts.handles)}, nbytes={nbytes})"
         state = self._state
         assert state is not None
         return f"CacheTensor({shape}, role={state.format.role}, bits={state.format.bits}, nbytes={state.nbytes})"
@@ -673,6 +674,12 @@ def _index_copy_(handle: CacheTensor, dim: int, index: object, source: object) -
 
 
 def _index_select(handle: CacheTensor, dim: int, index: object) -> Any:
+    if handle._parts is not None and type(dim) is int:
+        inner = handle._parts.stacking.dim_of(dim % handle.dim())
+        chosen = [NotImplemented if inner is None else _index_select(x, inner, index) for x in handle._parts.handles]
+        if any(x is NotImplemented for x in chosen):
+            return NotImplemented
+        return stack_of(Parts(handle._parts.stacking, tuple(chosen)))
     return _selection(handle, index) if _whole(handle, dim) == 0 else NotImplemented
 
 
@@ -705,7 +712,7 @@ def _clone(handle: CacheTensor, *, memory_format: torch.memory_format = torch.pr
             return stack_of(handle._parts.clone())
         if (stretch := stretch_of(handle, handle._dims)) is not None:  # whoever writes to it copies it first
             return handle_of(stretch.state, handle._dims, stretch.first, stretch.length)
-        return handle_of(handle._state.clone(), handle._dims)
+        return handle_of(handle.states()[0].clone(), handle._dims)
 
 
 def _deepcopy(handle: CacheTensor, memo: dict[int, Any]) -> Any:

@@ -16,7 +16,7 @@ from decoquant_compile.handle import CacheTensor, Transients, format_of, is_whol
 from decoquant_compile.kernels.state import CacheState
 from decoquant_compile.report import GraphReport, Report, TakenOver
 from decoquant_compile.rewrite import Binding, Probe, Sizes
-from decoquant_compile.stacks import Stack, with_parts
+from decoquant_compile.stacks import Stack, with_parts, with_wholes
 from decoquant_compile.takeover import Claim, Obstructed, obstacle, take_over
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ class PackedGraph:
             )
         else:
             results = self.fn(*kept, *buffers, *numbers)
-        return self._with_handles(results, opened) if opened else results
+        return with_wholes(self._with_handles(results, opened), self.stacks) if opened else results
 
     def _foreign(self, args: Sequence[Any]) -> list[int]:
         """The numbers of the bindings whose caches are not held in the right way yet, with all that share a tensor."""

@@ -14,8 +14,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from decoquant_compile import _storage
-from decoquant_compile.dims import Dims
-from decoquant_compile.handle import dense_shape, handle_of, pack, settle, stretch_of
+from decoquant_compile.dims import Dims, Stacking
+from decoquant_compile.handle import (
+    CacheTensor,
+    Parts,
+    dense_shape,
+    handle_of,
+    pack,
+    pack_parts,
+    settle,
+    stack_of,
+    stretch_of,
+)
 from decoquant_compile.kernels.format import NO_EPOCH, SET, START, UNSET, Format
 from decoquant_compile.kernels.state import CacheState, GrowingState
 from decoquant_compile.members import members
@@ -25,6 +35,9 @@ T = TypeVar("T")
 
 VERSION: Final = 1
 """Of the file's own layout; the format of the states has its own version, in their keys."""
+
+_STACK: Final = "stack"
+"""Stands where the key of a format stands otherwise."""
 
 _NUMBERS = (bool, int, float)
 _OPAQUE = (str, bytes, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
@@ -54,16 +67,9 @@ def save(cache: object, path: str | os.PathLike[str]) -> None:
             if (other := seen.setdefault(id(value), place.name)) != place.name:
                 raise ValueError(f"{other} and {place.name} are one tensor, which a file cannot express")
             if settle(value):
-                state = value._state
-                if state is None:
+                if value._root is not None:
                     raise ValueError(f"{place.name} is a view of a packed cache; save the whole cache")
-                shown: list[int] = []
-                if (stretch := stretch_of(value, value._dims)) is not None:  # of a growing cache
-                    alone = stretch.copied()
-                    state, shown = alone.state, [alone.first, alone.length]
-                size = [state.batch, state.heads, state.slots]
-                layout["packed"][place.name] = [state.format.key(), *size, value._dims, *shown]
-                value = state.buffer
+                layout["packed"][place.name], value = _described(value)
             tensors[place.name] = value.detach().contiguous()
         elif type(value) in _NUMBERS:
             layout["numbers"][place.name] = value
@@ -78,6 +84,18 @@ def save(cache: object, path: str | os.PathLike[str]) -> None:
             "torch.save is for caches that are not packed"
         )
     save_file(tensors, path, {"decoquant_compile": str(VERSION), "layout": json.dumps(layout)})
+
+
+def _described(handle: CacheTensor) -> tuple[list[Any], Tensor]:
+    """What is to be known of a whole handle besides its bytes, and these."""
+    if (parts := handle._parts) is not None:
+        about, content = zip(*(_described(part) for part in parts.handles), strict=True)
+        return [_STACK, parts.stacking.axes, parts.stacking.counts, about], torch.cat(content)
+    state, shown = handle.states()[0], list[int]()
+    if (stretch := stretch_of(handle, handle._dims)) is not None:  # of a growing cache
+        alone = stretch.copied()
+        state, shown = alone.state, [alone.first, alone.length]
+    return [state.format.key(), state.batch, state.heads, state.slots, handle._dims, *shown], state.buffer
 
 
 def load(cache: T, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> T:
@@ -119,7 +137,7 @@ def load(cache: T, path: str | os.PathLike[str], device: torch.device | str = "c
             if parent not in parents:
                 raise ValueError(f"the file has {name}, this cache has not; make it as the saved one was made")
             if name in content:
-                new: Any = _packed(content[name], layout["packed"].get(name), device)
+                new: Any = _unpacked(content[name], layout["packed"].get(name), device)
             else:
                 new = _number(layout["numbers"][name], device)
             _check_fit(name, found.get(name), new)
@@ -152,9 +170,50 @@ class _Packed:
     def device(self) -> torch.device:
         return self.state.buffer.device
 
-    def released(self) -> torch.UntypedStorage:
-        """What stands for the dense tensor's memory."""
-        return _storage.released(self.shape.numel() * self.dtype.itemsize, self.device)
+    def handle(self) -> Tensor:
+        """A new handle of it."""
+        return handle_of(self.state, self.dims, self.first, self.length)
+
+    def fill(self, tensor: Tensor) -> None:
+        """Make a tensor its handle."""
+        pack(tensor, self.state, self.dims, _released(self), self.first)
+
+
+@dataclass(frozen=True)
+class _PackedStack:
+    """The same for a tensor that holds many caches."""
+
+    stacking: Stacking
+    parts: tuple[_Packed, ...]
+    dims: None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.stacking.together([torch.empty(part.shape, device="meta") for part in self.parts]).shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    def handle(self) -> Tensor:
+        """A new handle of it."""
+        return stack_of(self._handles())
+
+    def fill(self, tensor: Tensor) -> None:
+        """Make a tensor its handle."""
+        pack_parts(tensor, self._handles(), _released(self))
+
+    def _handles(self) -> Parts:
+        return Parts(self.stacking, tuple(part.handle() for part in self.parts))
+
+
+def _released(packed: _Packed | _PackedStack) -> torch.UntypedStorage:
+    """What stands for the dense tensor's memory."""
+    return _storage.released(packed.shape.numel() * packed.dtype.itemsize, packed.device)
 
 
 @dataclass(frozen=True)
@@ -215,17 +274,39 @@ def _layout(metadata: dict[str, str], path: Path) -> dict[str, Any]:
     return layout
 
 
-def _packed(content: Tensor, about: list[Any] | None, device: torch.device | str) -> "_Packed | Tensor":
+def _unpacked(
+    content: Tensor, about: list[Any] | None, device: torch.device | str
+) -> "_Packed | _PackedStack | Tensor":
     """What one tensor of the file stands for; `about` describes it if it is packed."""
     if about is None:
         return content.to(device)
+    if about[0] != _STACK:
+        return _packed(content, about, device)
+    axes, counts, each = about[1:]
+    stacking, parts, start = Stacking(tuple(axes), tuple(counts)), list[_Packed](), 0
+    for described in each:
+        key, batch, heads, slots, *_ = described
+        nbytes = _format(key).layout(batch, heads, slots).nbytes
+        parts.append(_packed(content[start : start + nbytes], described, device))
+        start += nbytes
+    if len(parts) != stacking.number or start != len(content):
+        raise ValueError(f"the file is damaged: {len(each)} caches of {start} bytes, not {stacking} of {len(content)}")
+    return _PackedStack(stacking, tuple(parts))
+
+
+def _format(key: str) -> Format:
+    try:
+        return Format.parse(key)
+    except ValueError as error:
+        raise ValueError(f"the file's states are of another version of this package, save it again: {error}") from None
+
+
+def _packed(content: Tensor, about: list[Any], device: torch.device | str) -> "_Packed":
+    """What one packed cache of the file stands for."""
     key, batch, heads, slots, dims, *shown = about
     first: int = shown[0] if shown else 0
     length: int | None = shown[1] if shown else None
-    try:
-        form = Format.parse(key)
-    except ValueError as error:
-        raise ValueError(f"the file's states are of another version of this package, save it again: {error}") from None
+    form = _format(key)
     state = (CacheState if length is None else GrowingState).empty(form, batch, heads, slots, device)
     if content.dtype != torch.uint8 or content.shape != state.buffer.shape:
         raise ValueError(
@@ -275,14 +356,14 @@ def _number(value: Any, device: torch.device | str) -> Any:
 
 def _check_fit(name: str, old: object, new: Any) -> None:
     """Raise if `new` cannot take the place of `old`, of a cache that was just made."""
-    if isinstance(new, Tensor | _Packed):
+    if isinstance(new, Tensor | _Packed | _PackedStack):
         if old is not None and not isinstance(old, Tensor):
             raise ValueError(f"{name} is a tensor in the file and a {type(old).__name__} in this cache")
         if isinstance(old, Tensor) and (old.shape != new.shape or old.dtype != new.dtype):
             raise ValueError(
                 f"{name} is {tuple(new.shape)} {new.dtype} in the file and {tuple(old.shape)} {old.dtype} in this cache"
             )
-        if isinstance(new, _Packed) and isinstance(old, Tensor):
+        if isinstance(new, _Packed | _PackedStack) and isinstance(old, Tensor):
             if old.device != new.device:
                 raise ValueError(f"{name} is on {old.device} in this cache; load with device={str(old.device)!r}")
             if reason := obstacle(old, new.dims):
@@ -294,11 +375,11 @@ def _check_fit(name: str, old: object, new: Any) -> None:
 
 def _put(owner: Any, key: str | int, is_item: bool, old: object, new: Any) -> None:
     """Other references to a tensor, and its static address, stay valid: it is changed, not replaced."""
-    if isinstance(new, _Packed):
+    if isinstance(new, _Packed | _PackedStack):
         if isinstance(old, Tensor):
-            pack(old, new.state, new.dims, new.released(), new.first)
+            new.fill(old)
             return
-        new = handle_of(new.state, new.dims, new.first, new.length)
+        new = new.handle()
     elif isinstance(new, Tensor) and isinstance(old, Tensor) and old.device == new.device:
         with torch.no_grad():
             old.copy_(new)

@@ -1,5 +1,6 @@
 """Inputs that hold many caches, as one tensor for all layers: the graph gets each of these as an input of its own."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +9,9 @@ from torch import fx
 
 from decoquant_compile import _compat
 from decoquant_compile.dims import Stacking
-from decoquant_compile.handle import parts_of
+from decoquant_compile.handle import Parts, parts_of, stack_of
 from decoquant_compile.normalize import Normal
-from decoquant_compile.patterns.stacks import Split, split
+from decoquant_compile.patterns.stacks import Split, gathered, split
 
 
 @dataclass(frozen=True)
@@ -21,79 +22,152 @@ class Stack:
         index: its position among Dynamo's inputs.
         first: position of its first cache among the inputs of the graph by now; the others follow.
         stacking: where the caches stand in it.
+        outputs: positions, among Dynamo's results, of the tensor that holds them after the call; () for one that is
+            written in place.
+        first_output: position of the first cache among the results of the graph by now, where it is returned.
     """
 
     index: int
     first: int
     stacking: Stacking
+    outputs: tuple[int, ...] = ()
+    first_output: int = 0
 
     @property
     def positions(self) -> range:
         """Positions of its caches among the inputs of the graph."""
         return range(self.first, self.first + self.stacking.number)
 
+    @property
+    def results(self) -> range:
+        """Positions of its caches among the results of the graph."""
+        return range(self.first_output, self.first_output + self.stacking.number) if self.outputs else range(0)
+
 
 def unstack(normal: Normal, whole: Collection[int] = ()) -> tuple[Stack, ...]:
-    """Take apart every input that the graph writes part by part, along one dim or several.
+    """Take apart every input that the graph writes, or makes anew, part by part along one dim or several.
 
     Args:
-        normal: the graph; it is changed in place. Inputs that stand for single caches come behind those it has; an
-            input that is taken apart stays, without users.
+        normal: the graph; it is changed in place. Inputs that stand for single caches come behind those it has, and
+            so do its results; an input that is taken apart stays, without users, a result becomes None.
         whole: positions of inputs to leave as they are.
 
     Returns:
-        What was taken apart, in the order of the inputs.
+        What was taken apart.
     """
     inputs = normal.placeholders
-    found: list[tuple[int, fx.Node, Stacking]] = []
+    numbers = {node: i for i, node in enumerate(inputs) if i not in whole}
+    found: list[tuple[fx.Node, list[_Unit], Stacking, tuple[int, ...]]] = []
     for value, buffer in normal.mutations:
-        index, parts, axes, counts = inputs.index(buffer), [buffer], list[int](), list[int]()
-        splits = [split(buffer, value) if index not in whole else None]
-        while (same := _uniform(splits)) is not None:
-            axes.append(same[0].axis)
-            counts.append(len(same[0].values))
-            whole_parts, parts = parts, [p for part, of in zip(parts, same, strict=True) for p in _apart(normal, part, of)]
-            for part in whole_parts if len(axes) > 1 else ():
-                normal.graph.erase_node(part)
-            values = {target: value for value, target in normal.mutations}
-            splits = [split(part, values[part]) for part in parts]
-        if axes:
-            found.append((index, parts[0], Stacking(tuple(axes), tuple(counts))))
-    inputs = normal.placeholders
-    return tuple(Stack(index, inputs.index(first), stacking) for index, first, stacking in found)
-
-
-def _uniform(splits: Sequence[Split | None]) -> list[Split] | None:
-    """What was read of all parts of an input, if all are taken apart along one dim."""
-    found = [x for x in splits if x is not None]
-    return found if len(found) == len(splits) and len({x.axis for x in found}) == 1 else None
+        unit = _Unit(buffer, value)
+        if buffer in numbers and (apart := _taken_apart(normal, unit, inputs)) is not None:
+            found.append((buffer, *apart, ()))
+    sources = {x: gathered(x) for x in normal.outputs if isinstance(x, fx.Node)}
+    continued = Counter(source[0] for source in sources.values() if source is not None)
+    for output, source in sources.items():
+        if source is not None and source[0] in numbers and continued[source[0]] == 1:
+            unit = _Unit(source[0], output, returned=True)
+            places = tuple(i for i, x in enumerate(normal.outputs) if x is output)
+            if (apart := _taken_apart(normal, unit, inputs)) is not None:
+                found.append((source[0], *apart, places))
+    inputs, outputs = normal.placeholders, normal.outputs
+    return tuple(
+        Stack(
+            inputs.index(buffer),
+            inputs.index(units[0].buffer),
+            stacking,
+            places,
+            outputs.index(units[0].value) if places else 0,
+        )
+        for buffer, units, stacking, places in found
+    )
 
 
 def with_parts(args: Sequence[Any], stacks: Sequence[Stack]) -> Sequence[Any]:
-    """The inputs of a graph that was taken apart: Dynamo's, then each cache's handle, or None where it is none yet."""
+    """The inputs of a graph that was taken apart: Dynamo's, then each cache.
+
+    A cache is a handle. Where it is none yet, it is None if it is written in place (whoever takes it over must be the
+    only one who holds it) and a view otherwise.
+    """
     if not stacks:
         return args
     parts: list[Any] = []
     for stack in stacks:
-        held = parts_of(args[stack.index], stack.stacking)
-        parts += [None] * stack.stacking.number if held is None else held
+        tensor, stacking = args[stack.index], stack.stacking
+        held = parts_of(tensor, stacking)
+        parts += held or (stacking.apart(tensor) if stack.outputs else [None] * stacking.number)
     return [*args, *parts]
 
 
-def _apart(normal: Normal, buffer: fx.Node, of: Split) -> list[fx.Node]:
-    """Put inputs in the place of one."""
-    graph, parts = normal.graph, list[fx.Node]()
+def with_wholes(results: Sequence[Any], stacks: Sequence[Stack]) -> Sequence[Any]:
+    """Dynamo's results, from those of a graph that was taken apart."""
+    if not any(stack.outputs for stack in stacks):
+        return results
+    wholes = list(results)
+    for stack in stacks:
+        if stack.outputs:
+            handle = stack_of(Parts(stack.stacking, tuple(results[i] for i in stack.results)))
+            for output in stack.outputs:
+                wholes[output] = handle
+    return wholes[: min(stack.first_output for stack in stacks if stack.outputs)]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """An input and what it becomes, or what is returned in its place."""
+
+    buffer: fx.Node
+    value: fx.Node
+    returned: bool = False
+
+    def read(self) -> Split | None:
+        """How it is used part by part."""
+        if not self.returned:
+            return split(self.buffer, self.value)
+        source = gathered(self.value)
+        return source[1] if source is not None and source[0] is self.buffer else None
+
+
+def _taken_apart(normal: Normal, unit: _Unit, inputs: Sequence[fx.Node]) -> tuple[list[_Unit], Stacking] | None:
+    """Take an input apart along as many dims as all of its parts allow; None if that is none."""
+    units, axes, counts = [unit], list[int](), list[int]()
+    while (splits := _uniform([u.read() for u in units])) is not None:
+        axes.append(splits[0].axis)
+        counts.append(len(splits[0].values))
+        units = [part for u, of in zip(units, splits, strict=True) for part in _apart(normal, u, of)]
+    for node in set(normal.placeholders[len(inputs) :]) - {u.buffer for u in units}:
+        if not node.users:
+            normal.graph.erase_node(node)
+    return (units, Stacking(tuple(axes), tuple(counts))) if axes else None
+
+
+def _uniform(splits: Sequence[Split | None]) -> list[Split] | None:
+    """What was read of all parts of an input, if all are taken apart along one dim into as many parts."""
+    found = [x for x in splits if x is not None]
+    is_one = len(found) == len(splits) and len({(x.axis, len(x.values)) for x in found}) == 1
+    return found if is_one else None
+
+
+def _apart(normal: Normal, unit: _Unit, of: Split) -> list[_Unit]:
+    """Put an input and a result for each part in the place of one."""
+    graph, buffer, parts = normal.graph, unit.buffer, list[fx.Node]()
     for number in range(len(of.values)):
-        last = graph.find_nodes(op="placeholder")[-1]
-        with graph.inserting_after(last):
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
             part = graph.placeholder(f"{buffer.name}_{number}")
         with _compat.faking(graph):
             part.meta["val"] = buffer.meta["val"].select(of.axis, number)
         _compat.add_part_source(part, buffer, f"[{':, ' * of.axis}{number}]")
         parts.append(part)
+    taken: dict[fx.Node, fx.Node] = {}
     for selection, value in of.selections:
-        selection.replace_all_uses_with(parts[value] if isinstance(value, int) else value)
-    written = list(zip(of.values, parts, strict=True))
-    normal.mutations = [pair for pair in normal.mutations if pair[1] is not buffer] + written
+        taken[selection] = parts[value] if isinstance(value, int) else taken.get(value, value)
+        selection.replace_all_uses_with(taken[selection])
+    values = [taken.get(value, value) for value in of.values]
+    if unit.returned:
+        left = tuple(None if x is unit.value else x for x in normal.outputs)
+        normal.outputs = (*left, *values)
+    else:
+        others = [pair for pair in normal.mutations if pair[1] is not buffer]
+        normal.mutations = others + list(zip(values, parts, strict=True))
     graph.eliminate_dead_code()
-    return parts
+    return [_Unit(part, value, unit.returned) for part, value in zip(parts, values, strict=True)]

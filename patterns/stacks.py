@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from decoquant_compile.patterns.movement import operand, plain
 from decoquant_compile.patterns.symbols import argument, dtype, same_shape, shape
 
 aten = torch.ops.aten
@@ -17,7 +17,7 @@ _LEAST_RANK = 4  # of a tensor of caches
 
 @dataclass(frozen=True)
 class Split:
-    """How a graph uses one of its inputs: part by part along one dim, and writes to every part.
+    """How a graph uses one of its inputs: part by part along one dim; it makes every part anew.
 
     Attributes:
         axis: the dim.
@@ -48,13 +48,10 @@ def split(buffer: fx.Node, value: fx.Node) -> Split | None:
     latest: list[fx.Node | int] = list(range(size))
     selections: list[tuple[fx.Node, fx.Node | int]] = []
     for node, following in zip([buffer, *writes], [*writes, None], strict=True):
-        for user in node.users:
-            if user is following or (following is None and user.op == "output"):
-                continue
-            taken = _selected(user, axis, size)
-            if taken is None:
-                return None
-            selections += [(selection, latest[number]) for selection, number in taken]
+        taken = _selections(node, axis, size, following)
+        if taken is None:
+            return None
+        selections += [(selection, latest[number]) for selection, number in taken]
         if following is not None:
             part, index = argument(following, "src"), argument(following, "index")
             fits = same_shape(shape(part), (*shape(node)[:axis], *shape(node)[axis + 1 :]))
@@ -65,6 +62,41 @@ def split(buffer: fx.Node, value: fx.Node) -> Split | None:
             latest[index % size] = part
     values = [x for x in latest if isinstance(x, fx.Node)]
     return Split(axis, tuple(selections), tuple(values)) if len(values) == size else None
+
+
+def gathered(output: fx.Node) -> tuple[fx.Node, Split] | None:
+    """Read a result of a graph as parts that are made from those of an input, with that input.
+
+    Args:
+        output: the result: `torch.stack` of what grew.
+    """
+    if output.target is not aten.stack.default or len(shape(output)) < _LEAST_RANK:
+        return None
+    axis, values = argument(output, "dim") % len(shape(output)), argument(output, "tensors")
+    sources = [_continued(value) for value in values]
+    buffer = sources[0]
+    if buffer is None or any(source is not buffer for source in sources):
+        return None
+    if len(shape(buffer)) != len(shape(output)) or shape(buffer)[axis] != len(values):
+        return None
+    before, after = _selections(buffer, axis, len(values)), _selections(output, axis, len(values))
+    if before is None or after is None:
+        return None
+    selections = (*before, *((selection, values[number]) for selection, number in after))
+    return buffer, Split(axis, selections, tuple(values))
+
+
+def _continued(value: fx.Node) -> fx.Node | None:
+    """The input of which a value is a part, with more behind it."""
+    if value.target is aten.stack.default:
+        inner = _continued(argument(value, "tensors")[0])
+    elif value.target is aten.cat.default:
+        inner = plain(argument(value, "tensors")[0])
+    else:
+        return None
+    while inner is not None and inner.target is aten.select.int:
+        inner = operand(inner)
+    return inner if inner is not None and inner.op == "placeholder" else None
 
 
 def _writes(buffer: fx.Node, value: fx.Node) -> list[fx.Node]:
@@ -80,10 +112,25 @@ def _writes(buffer: fx.Node, value: fx.Node) -> list[fx.Node]:
     return chain[::-1]
 
 
-def _selected(user: fx.Node, axis: int, size: int) -> Sequence[tuple[fx.Node, int]] | None:
-    """The nodes that take one part each, with its number, where a user of the whole does nothing else."""
-    if user.target is aten.select.int:
+def _selections(
+    node: fx.Node, axis: int, size: int, following: fx.Node | None = None
+) -> list[tuple[fx.Node, int]] | None:
+    """The nodes that take one part each out of a node, with its number; None if it is used in another way, too.
+
+    Args:
+        node: the whole; the graph may return it.
+        axis: the dim of the parts.
+        size: how many they are.
+        following: another user that is allowed.
+    """
+    found = []
+    for user in node.users:
+        if user is following or user.op == "output" or user.target is aten.sym_size.int:
+            continue
+        if user.target is not aten.select.int or argument(user, "dim") % len(shape(node)) != axis:
+            return None
         index = argument(user, "index")
-        same = argument(user, "dim") % (len(shape(user)) + 1) == axis
-        return [(user, index % size)] if same and isinstance(index, int) else None
-    return None
+        if not isinstance(index, int):
+            return None
+        found.append((user, index % size))
+    return found
