@@ -389,6 +389,21 @@ class FusedGrowing(Idiom):
         return y.transpose(1, 2), both
 
 
+class FirstGpt2(Idiom):
+    """Keys and values stacked in one tensor that grows, as the first ports of GPT-2 returned them."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """See the class."""
+        q, k, v = _swap(q, k, v)
+        if call.cache is not None:
+            past_k, past_v = call.cache.unbind(0)
+            k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        y = F.scaled_dot_product_attention(
+            q, _repeat(k), _repeat(v), attn_mask=call.mask[..., : call.start + q.shape[2]]
+        )
+        return y.transpose(1, 2), torch.stack([k, v])
+
+
 class Functional(Idiom):
     """The updated cache is a new tensor, returned, as for export."""
 
@@ -526,8 +541,8 @@ IDIOMS: Final[dict[str, type[Idiom]]] = {
             SlotsFirst,
             KeysTransposed,
         ),
-        *(Stacked, Paired, FlatHeads, Latent, Rolling, ReadFirst, NanoGpt, FusedGrowing, Functional, XTransformers),
-        *(Fairseq, Shifting, Ragged, Paged, SpelledOut, NormedAfter),
+        *(Stacked, Paired, FlatHeads, Latent, Rolling, ReadFirst, NanoGpt, FusedGrowing, FirstGpt2, Functional),
+        *(XTransformers, Fairseq, Shifting, Ragged, Paged, SpelledOut, NormedAfter),
     )
 }
 
