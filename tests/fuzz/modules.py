@@ -145,8 +145,8 @@ class Module(torch.nn.Module):
         """Attention [batch, query heads, queries, channels], what else escapes, and the caches that follow."""
         case, twists = self.case, self.case.twists
         extra = []
-        if keys.dim() == 5:
-            keys, values = keys[0], keys[1]
+        if paired := keys.dim() == 5:
+            keys, values = keys.unbind(0)
         if "new scaled" in twists:
             k, v = k * 1.5, v.exp()
         if "new from one head" in twists:
@@ -211,9 +211,9 @@ class Module(torch.nn.Module):
             out = out + self.canonical(seen_values)[:, :1, 1:2]
         if "shape only" in twists:
             out = out * keys.shape[self.slot]
-        if case.write in ("grow", "functional"):
-            return out, extra, keys, values
-        return out, extra, None, None
+        if case.write not in ("grow", "functional"):
+            return out, extra, None, None
+        return out, extra, *((torch.stack([keys, values]), values[:0]) if paired else (keys, values))
 
     def put(self, cache, new, places, start):  # noqa: PLR0915
         """(what the attention sees, what the cache is afterwards)."""
@@ -535,7 +535,7 @@ def caches(case):
         keys, values = both.chunk(2, order.index(3))
         return keys, values
     keys, values = (side.permute(order).clone(memory_format=torch.contiguous_format) for side in pair)
-    if "one pair" in case.twists and case.write not in ("grow", "functional"):
+    if "one pair" in case.twists and case.write != "functional":
         return torch.stack([keys, values]), torch.zeros(0)
     if "flat heads" in case.twists and case.layout == "BSHD":
         return keys.flatten(2), values.flatten(2)
