@@ -11,7 +11,7 @@ from decoquant_compile import _compat
 from decoquant_compile.dims import Stacking
 from decoquant_compile.handle import Parts, parts_of, stack_of
 from decoquant_compile.normalize import Normal
-from decoquant_compile.patterns.stacks import Split, gathered, split
+from decoquant_compile.patterns.stacks import Split, distribute, gathered, split
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,10 @@ def unstack(normal: Normal, whole: Collection[int] = ()) -> tuple[Stack, ...]:
         unit = _Unit(buffer, value)
         if buffer in numbers and (apart := _taken_apart(normal, unit, inputs)) is not None:
             found.append((buffer, *apart, ()))
-    sources = {x: gathered(x) for x in normal.outputs if isinstance(x, fx.Node)}
+    results = dict.fromkeys(x for x in normal.outputs if isinstance(x, fx.Node) and x.op != "placeholder")
+    kept = {inputs[i] for i in whole}
+    distributed = [x if kept.intersection(x.all_input_nodes) else distribute(x) for x in results]
+    sources = {x: gathered(x) for x in distributed}
     continued = Counter(source[0] for source in sources.values() if source is not None)
     for output, source in sources.items():
         if source is not None and source[0] in numbers and continued[source[0]] == 1:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from decoquant_compile.patterns.movement import operand, plain
-from decoquant_compile.patterns.symbols import argument, dtype, same_shape, shape
+from decoquant_compile.patterns.symbols import argument, computed, dtype, same_shape, shape
 
 aten = torch.ops.aten
 
@@ -86,17 +85,50 @@ def gathered(output: fx.Node) -> tuple[fx.Node, Split] | None:
     return buffer, Split(axis, selections, tuple(values))
 
 
+def distribute(output: fx.Node) -> fx.Node:
+    """Write stacked new tokens that are concatenated to a stack as a stack of concatenations, which `gathered` reads.
+
+    Args:
+        output: a result of a graph.
+
+    Returns:
+        The result, a new one where it was such a concatenation.
+    """
+    parts = list(argument(output, "tensors")) if output.target is aten.cat.default else []
+    if len(parts) != 2 or parts[0].op != "placeholder" or parts[1].target is not aten.stack.default:
+        return output
+    rank, (buffer, new) = len(shape(output)), parts
+    axis, dim, tokens = argument(new, "dim") % rank, argument(output, "dim") % rank, argument(new, "tensors")
+    if axis == dim or shape(buffer)[axis] != len(tokens) or dtype(buffer) != dtype(new):
+        return output
+    if _selections(buffer, axis, len(tokens), output) is None or _selections(output, axis, len(tokens)) is None:
+        return output
+    graph = output.graph
+    with graph.inserting_before(output):
+        olds = [computed(graph, aten.select.int, buffer, axis, i) for i in range(len(tokens))]
+        pairs = zip(olds, tokens, strict=True)
+        cats = [computed(graph, aten.cat.default, list(pair), dim - (dim > axis)) for pair in pairs]
+        whole = computed(graph, aten.stack.default, cats, axis)
+    output.replace_all_uses_with(whole)
+    graph.erase_node(output)
+    return whole
+
+
 def _continued(value: fx.Node) -> fx.Node | None:
-    """The input of which a value is a part, with more behind it."""
-    if value.target is aten.stack.default:
-        inner = _continued(argument(value, "tensors")[0])
-    elif value.target is aten.cat.default:
-        inner = plain(argument(value, "tensors")[0])
-    else:
-        return None
-    while inner is not None and inner.target is aten.select.int:
-        inner = operand(inner)
-    return inner if inner is not None and inner.op == "placeholder" else None
+    """The input of whose part a value is made."""
+    while value.op == "call_function" and value.target in _CONTINUING:
+        first = value.args[0]
+        first = first[0] if isinstance(first, list | tuple) else first
+        assert isinstance(first, fx.Node)
+        value = first
+    return value if value.op == "placeholder" else None
+
+
+_CONTINUING = {
+    *(aten.stack.default, aten.cat.default, aten.select.int, aten.slice.Tensor),
+    *(aten.index_copy.default, aten.index_put.default, aten.slice_scatter.default, aten.scatter.src),
+}
+"""Operators whose first tensor, or first of several, is an older state of the result."""
 
 
 def _writes(buffer: fx.Node, value: fx.Node) -> list[fx.Node]:

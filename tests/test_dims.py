@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decoquant_compile.dims import BHSD, arranged, is_plain, laid_out, members, shape_of, sizes
+from decoquant_compile.dims import BHSD, Stacking, arranged, is_plain, laid_out, members, shape_of, sizes
 
 LAYOUTS = {
     BHSD: (3, 4, 5, 6),
@@ -46,3 +46,26 @@ def test_a_plain_layout_is_a_view(dims, shape):
     tensor = torch.zeros(shape)
     arranged(tensor, dims).add_(1)
     assert bool((tensor == 1).all()) or not is_plain(dims)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "place"),
+    [
+        ((0,), (3, 4, 5), lambda i: (i,)),
+        ((1,), (4, 3, 5), lambda i: (slice(None), i)),
+        ((0, 0), (3, 2, 4, 5), lambda i: divmod(i, 2)),
+        ((1, 0), (2, 3, 4, 5), lambda i: (i % 2, i // 2)),
+        ((2, 0), (2, 4, 3, 5), lambda i: (i % 2, slice(None), i // 2)),
+    ],
+)
+def test_stacking(axes, shape, place):
+    tensor = torch.randn(shape)
+    stacking = Stacking(axes, tuple((3, 2)[: len(axes)]))
+    parts = stacking.apart(tensor)
+    assert len(parts) == stacking.number
+    for i, part in enumerate(parts):
+        assert torch.equal(part, tensor[place(i)])
+    assert torch.equal(stacking.together(parts), tensor)
+    left = [stacking.dim_of(dim) for dim in range(tensor.dim())]
+    assert [dim for dim in left if dim is not None] == list(range(parts[0].dim()))
+    assert all(tensor.shape[i] == parts[0].shape[dim] for i, dim in enumerate(left) if dim is not None)

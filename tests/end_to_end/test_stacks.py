@@ -312,9 +312,48 @@ def all_layers(tokens, start, past):
     return x, torch.stack(present, 1)
 
 
+def together(tokens, start, past):
+    """Keys and values are stacked before they are concatenated."""
+    present, x, positions = [], 0, start + torch.arange(tokens.shape[-2])
+    for (q, k, v), before in zip(heads_of(tokens), past, strict=True):
+        present.append(torch.cat([before, torch.stack([k, v], 1)], -2))
+        keys, values = present[-1].unbind(1)
+        mask = torch.arange(keys.shape[2]) <= positions[:, None]
+        x = F.scaled_dot_product_attention(q + x, keys, values, mask, enable_gqa=True)
+    return x, present
+
+
+WINDOW = 16
+
+
+def sliding(tokens, _, past):
+    present, x = [], 0
+    for (q, k, v), before in zip(heads_of(tokens), past, strict=True):
+        keys, values = torch.cat([before[0], k], -2), torch.cat([before[1], v], -2)
+        mask = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - q.shape[2])
+        x = F.scaled_dot_product_attention(q + x, keys, values, mask, enable_gqa=True)
+        present.append(torch.stack([keys[:, :, -WINDOW:], values[:, :, -WINDOW:]]))
+    return x, present
+
+
+def functional(tokens, start, past):
+    """Caches of a fixed size that are returned changed."""
+    present, x, positions = [], 0, start + torch.arange(tokens.shape[-2])
+    for (q, k, v), before in zip(heads_of(tokens), past, strict=True):
+        keys, values = before[0].index_copy(2, positions, k), before[1].index_copy(2, positions, v)
+        x = F.scaled_dot_product_attention(
+            q + x, keys, values, torch.arange(SLOTS) <= positions[:, None], enable_gqa=True
+        )
+        present.append(torch.stack([keys, values]))
+    return x, present
+
+
 GROWING = {
     gpt2: lambda: [torch.zeros(2, BATCH, HEADS, 0, CHANNELS) for _ in range(LAYERS)],
     all_layers: lambda: torch.zeros(BATCH, LAYERS, 2, HEADS, 0, CHANNELS),
+    together: lambda: [torch.zeros(BATCH, 2, HEADS, 0, CHANNELS) for _ in range(LAYERS)],
+    sliding: lambda: [torch.zeros(2, BATCH, HEADS, 0, CHANNELS) for _ in range(LAYERS)],
+    functional: lambda: [torch.zeros(2, BATCH, HEADS, SLOTS, CHANNELS) for _ in range(LAYERS)],
 }
 
 
@@ -322,7 +361,14 @@ def tensors_of(past):
     return past if isinstance(past, list) else [past]
 
 
-@pytest.mark.parametrize(("function", "bits"), [(gpt2, 4), (all_layers, 4), (gpt2, 16), (all_layers, 16)])
+@pytest.mark.parametrize(
+    ("function", "bits"),
+    [
+        *((function, 16) for function in GROWING),
+        (gpt2, 4),
+        *(pytest.param(f, 4, marks=pytest.mark.slow) for f in (all_layers, together)),
+    ],
+)
 @torch.no_grad()
 def test_growing_tensors_of_many_caches(function, bits):
     past = before = GROWING[function]()
@@ -334,8 +380,9 @@ def test_growing_tensors_of_many_caches(function, bits):
             assert distance(got, expected) < noise(bits)
             assert_packed(tensors_of(past))
             before = after if bits == 16 else shown(past)
-    report = session.report()
-    assert {(f.form, f.write, f.outcome) for f in report.findings} == {("sdpa", "cat", "rewritten")}
+    write = "index_copy" if function is functional else "cat"
+    findings = session.report().findings
+    assert {(f.form, f.write, f.outcome) for f in findings} == {("sdpa", write, "rewritten")}
     torch.testing.assert_close(shown(past), before)
 
 
