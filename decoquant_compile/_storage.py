@@ -62,11 +62,6 @@ class Reserved:
         return storage.untyped_storage()
 
 
-def released(nbytes: int, device: torch.device) -> torch.UntypedStorage:
-    """A storage of `nbytes` that holds no memory, as of `Reserved`."""
-    return Reserved(nbytes, device).storage(nbytes)
-
-
 def zeros(nbytes: int, device: torch.device) -> torch.UntypedStorage:
     """A storage of `nbytes` zeros; on Linux CPUs its pages take memory only when they are written."""
     memory = torch.empty(nbytes, dtype=torch.uint8, device=device)

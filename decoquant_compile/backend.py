@@ -130,12 +130,10 @@ def find(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, re
     if (why := unsupported(flat, example_inputs)) is not None:
         report.untouched, report.detail = Untouched.UNSUPPORTED, why
         return None
-    whole: set[int] = set()
-    while True:
-        found, findings, left = _search(gm, flat, example_inputs, options, whole)
-        if not left or not found.plans:
-            break
+    found, findings, left = _search(gm, flat, example_inputs, options, whole := set[int]())
+    while left and (found.plans or options.max_rewrites is not None):
         whole |= left  # as it came, the graph writes them in place
+        found, findings, left = _search(gm, flat, example_inputs, options, whole)
     for finding in findings:
         log.debug("graph %s: %s", report.name, finding)
     report.findings += findings
@@ -166,8 +164,11 @@ def _search(
     _compat.make_constant(traced[normal.placeholders.index(node)] for node in computed_scales(normal.graph))
     stacks = unstack(normal, whole)
     inputs, placeholders = with_parts(example_inputs, stacks), normal.placeholders
-    caches = [(s, [normal.outputs[i] for i in s.results] or [placeholders[i] for i in s.positions]) for s in stacks]
-    tensor_of = {cache: placeholders[stack.index] for stack, parts in caches for cache in parts}
+    tensor_of = {
+        cache: placeholders[stack.index]
+        for stack in stacks
+        for cache in (*(placeholders[i] for i in stack.positions), *(normal.outputs[i] for i in stack.results))
+    }
     results = match(normal, _held(normal, inputs))
     formats = _formats([r for r in results if not isinstance(r, Reject)], normal, inputs, options)
     findings: list[Finding] = []
@@ -194,7 +195,7 @@ def _search(
 
 def _incomplete(tensor_of: Mapping[fx.Node, fx.Node], plans: Collection[Plan]) -> set[fx.Node]:
     """The inputs that hold caches of which not all are planned for."""
-    planned = {write.cache for plan in plans for _, write, _ in _caches(plan)}
+    planned = {node for plan in plans for _, write, _ in _caches(plan) for node in (write.cache, write.buffer)}
     return {tensor for cache, tensor in tensor_of.items() if cache not in planned}
 
 

@@ -27,7 +27,7 @@ _BITWISE = {2: torch.int16, 4: torch.int32}
 class CacheTensor(Tensor):
     """A cache tensor, or a view of one, whose content is held packed.
 
-    An existing tensor becomes a handle by its class, so that every reference to it stays valid (`pack`). Its metadata
+    An existing tensor becomes a handle by its class, so that every reference to it stays valid (`adopt`). Its metadata
     are those of the dense tensor and its storage holds no memory. Eager operations run on a dense transient; what they
     change in it is stored, token by token. Views share the storage of their root and write through to it. `clone`,
     `deepcopy` and a selection over the batch stay packed; pickles hold the dense tensor. What would need the memory
@@ -141,6 +141,10 @@ class CacheTensor(Tensor):
         return f"CacheTensor({shape}, role={state.format.role}, bits={state.format.bits}, nbytes={state.nbytes})"
 
 
+_HELD = ("_state", "_first", "_dims", "_parts")
+"""Attributes of a whole handle."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """The caches of a stack.
@@ -162,23 +166,12 @@ class Parts:
         return Parts(self.stacking, tuple(_clone(part) for part in self.handles))
 
 
-def pack(tensor: Tensor, state: CacheState, dims: Dims, storage: torch.UntypedStorage, first: int = 0) -> None:
-    """Make `tensor` a handle of `state`; `storage`, from `_storage.released`, takes its place and gets its memory.
-
-    `first` is, with a growing state, the slot of its first token.
-    """
-    _storage.exchange(tensor, storage)
+def adopt(tensor: Tensor, handle: Tensor) -> None:
+    """Make a dense tensor a handle of what `handle`, of its shape and dtype, holds; its memory goes with `handle`."""
+    with _compat.no_subclass_dispatch():
+        _storage.exchange(tensor, handle.untyped_storage())
     tensor.__class__ = CacheTensor
-    assert isinstance(tensor, CacheTensor)
-    tensor._state, tensor._dims, tensor._first = state, dims, first
-
-
-def pack_parts(tensor: Tensor, parts: Parts, storage: torch.UntypedStorage) -> None:
-    """Make `tensor` a handle of many caches; `storage` as for `pack`."""
-    _storage.exchange(tensor, storage)
-    tensor.__class__ = CacheTensor
-    assert isinstance(tensor, CacheTensor)
-    tensor._parts = parts
+    tensor.__dict__.update({name: value for name, value in handle.__dict__.items() if name in _HELD})
 
 
 def parts_of(tensor: object, stacking: Stacking) -> tuple[Tensor, ...] | None:
@@ -296,7 +289,7 @@ def unpack(handle: CacheTensor) -> None:
 def _give_memory(root: CacheTensor, storage: torch.UntypedStorage) -> None:
     with _compat.no_subclass_dispatch():
         _storage.exchange(root, storage)
-    for name in ("_state", "_first", "_dims", "_parts", "dense_calls"):
+    for name in (*_HELD, "dense_calls"):
         root.__dict__.pop(name, None)
     root.__class__ = Tensor  # type: ignore[assignment]
 
@@ -674,7 +667,7 @@ def _index_copy_(handle: CacheTensor, dim: int, index: object, source: object) -
 
 
 def _index_select(handle: CacheTensor, dim: int, index: object) -> Any:
-    if handle._parts is not None and type(dim) is int:
+    if handle._parts is not None and type(dim) is int and -handle.dim() <= dim < handle.dim():
         inner = handle._parts.stacking.dim_of(dim % handle.dim())
         chosen = [NotImplemented if inner is None else _index_select(x, inner, index) for x in handle._parts.handles]
         if any(x is NotImplemented for x in chosen):
@@ -724,8 +717,8 @@ def _deepcopy(handle: CacheTensor, memo: dict[int, Any]) -> Any:
     else:
         result = _clone(handle)
     memo[id(handle)] = result
-    own = ("_state", "_first", "_dims", "_parts", "_root")
-    result.__dict__.update({k: copy.deepcopy(v, memo) for k, v in handle.__dict__.items() if k not in own})
+    own = {k: copy.deepcopy(v, memo) for k, v in handle.__dict__.items() if k not in (*_HELD, "_root")}
+    result.__dict__.update(own)
     return result
 
 

@@ -199,7 +199,9 @@ class _Rewriter:
             # A view was chosen for the strides of an operand that may be another now.
             node.target = aten.reshape.default
         gm = finish(self.normal)
-        gone = {inputs[b.index] for b in self.bindings if b.index is not None} | {inputs[s.index] for s in self.stacks}
+        gone = {inputs[b.index] for b in self.bindings if b.index is not None} | {
+            inputs[i] for s in self.stacks for i in (s.index, *s.positions)
+        }
         for node in gm.graph.find_nodes(op="placeholder"):
             if not node.users and node in gone:
                 gm.graph.erase_node(node)

@@ -175,7 +175,10 @@ class PackedGraph:
             )
         else:
             results = self.fn(*kept, *buffers, *numbers)
-        return with_wholes(self._with_handles(results, opened), self.stacks) if opened else results
+        if not opened:
+            return results
+        returned: Any = self.original.graph.output_node().args[0]
+        return with_wholes(self._with_handles(results, opened), self.stacks, len(returned))
 
     def _foreign(self, args: Sequence[Any]) -> list[int]:
         """The numbers of the bindings whose caches are not held in the right way yet, with all that share a tensor."""

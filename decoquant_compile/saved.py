@@ -1,6 +1,7 @@
 """A packed cache in a safetensors file: the prompt of another day, without its prefill."""
 
 import json
+import math
 import os
 import types
 from collections.abc import Iterator
@@ -13,19 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from decoquant_compile import _storage
-from decoquant_compile.dims import Dims, Stacking
-from decoquant_compile.handle import (
-    CacheTensor,
-    Parts,
-    dense_shape,
-    handle_of,
-    pack,
-    pack_parts,
-    settle,
-    stack_of,
-    stretch_of,
-)
+from decoquant_compile.dims import Stacking
+from decoquant_compile.handle import CacheTensor, Parts, adopt, handle_of, settle, stack_of, stretch_of
 from decoquant_compile.kernels.format import NO_EPOCH, SET, START, UNSET, Format
 from decoquant_compile.kernels.state import CacheState, GrowingState
 from decoquant_compile.members import members
@@ -142,78 +132,11 @@ def load(cache: T, path: str | os.PathLike[str], device: torch.device | str = "c
                 new = _number(layout["numbers"][name], device)
             _check_fit(name, found.get(name), new)
             puts.append((parents[parent], key, is_item, found.get(name), new))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     for owner, key, is_item, old, new in puts:
         _put(owner, key, is_item, old, new)
     return cache
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """A packed tensor that is not in a cache yet."""
-
-    state: CacheState
-    dims: Dims
-    first: int = 0
-    length: int | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        return dense_shape(self.state, self.dims, self.length)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.state.format.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.state.buffer.device
-
-    def handle(self) -> Tensor:
-        """A new handle of it."""
-        return handle_of(self.state, self.dims, self.first, self.length)
-
-    def fill(self, tensor: Tensor) -> None:
-        """Make a tensor its handle."""
-        pack(tensor, self.state, self.dims, _released(self), self.first)
-
-
-@dataclass(frozen=True)
-class _PackedStack:
-    """The same for a tensor that holds many caches."""
-
-    stacking: Stacking
-    parts: tuple[_Packed, ...]
-    dims: None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.stacking.together([torch.empty(part.shape, device="meta") for part in self.parts]).shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.parts[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.parts[0].device
-
-    def handle(self) -> Tensor:
-        """A new handle of it."""
-        return stack_of(self._handles())
-
-    def fill(self, tensor: Tensor) -> None:
-        """Make a tensor its handle."""
-        pack_parts(tensor, self._handles(), _released(self))
-
-    def _handles(self) -> Parts:
-        return Parts(self.stacking, tuple(part.handle() for part in self.parts))
-
-
-def _released(packed: _Packed | _PackedStack) -> torch.UntypedStorage:
-    """What stands for the dense tensor's memory."""
-    return _storage.released(packed.shape.numel() * packed.dtype.itemsize, packed.device)
 
 
 @dataclass(frozen=True)
@@ -274,24 +197,30 @@ def _layout(metadata: dict[str, str], path: Path) -> dict[str, Any]:
     return layout
 
 
-def _unpacked(
-    content: Tensor, about: list[Any] | None, device: torch.device | str
-) -> "_Packed | _PackedStack | Tensor":
+def _unpacked(content: Tensor, about: list[Any] | None, device: torch.device | str) -> Tensor:
     """What one tensor of the file stands for; `about` describes it if it is packed."""
     if about is None:
         return content.to(device)
     if about[0] != _STACK:
         return _packed(content, about, device)
     axes, counts, each = about[1:]
-    stacking, parts, start = Stacking(tuple(axes), tuple(counts)), list[_Packed](), 0
+    parts, start = list[Tensor](), 0
     for described in each:
         key, batch, heads, slots, *_ = described
         nbytes = _format(key).layout(batch, heads, slots).nbytes
-        parts.append(_packed(content[start : start + nbytes], described, device))
+        parts.append(_packed(content.narrow(0, start, nbytes), described, device))
         start += nbytes
-    if len(parts) != stacking.number or start != len(content):
-        raise ValueError(f"the file is damaged: {len(each)} caches of {start} bytes, not {stacking} of {len(content)}")
-    return _PackedStack(stacking, tuple(parts))
+    sound = (
+        len(axes) == len(counts) > 0
+        and all(isinstance(n, int) and n > 0 for n in counts)
+        and math.prod(counts) == len(parts)
+        and len({(x.shape, x.dtype) for x in parts}) == 1
+        and all(isinstance(a, int) and 0 <= a < parts[0].dim() + len(axes) - i for i, a in enumerate(axes))
+        and start == content.numel()
+    )
+    if not sound:
+        raise ValueError(f"the file is damaged: {len(parts)} caches along dims {axes} of sizes {counts}")
+    return stack_of(Parts(Stacking(tuple(axes), tuple(counts)), tuple(parts)))
 
 
 def _format(key: str) -> Format:
@@ -301,8 +230,8 @@ def _format(key: str) -> Format:
         raise ValueError(f"the file's states are of another version of this package, save it again: {error}") from None
 
 
-def _packed(content: Tensor, about: list[Any], device: torch.device | str) -> "_Packed":
-    """What one packed cache of the file stands for."""
+def _packed(content: Tensor, about: list[Any], device: torch.device | str) -> Tensor:
+    """The handle that one packed cache of the file stands for."""
     key, batch, heads, slots, dims, *shown = about
     first: int = shown[0] if shown else 0
     length: int | None = shown[1] if shown else None
@@ -321,7 +250,7 @@ def _packed(content: Tensor, about: list[Any], device: torch.device | str) -> "_
             raise ValueError(f"the file is damaged: tokens {first} to {first + length} of {slots}")
         state.end = first + length
     batch_dims, head_dims = (tuple(group) if isinstance(group, list) else group for group in dims[:2])
-    return _Packed(state, (batch_dims, head_dims, dims[2], dims[3]), first, length)
+    return handle_of(state, (batch_dims, head_dims, dims[2], dims[3]), first, length)
 
 
 def _check_indices(state: CacheState) -> None:
@@ -356,17 +285,17 @@ def _number(value: Any, device: torch.device | str) -> Any:
 
 def _check_fit(name: str, old: object, new: Any) -> None:
     """Raise if `new` cannot take the place of `old`, of a cache that was just made."""
-    if isinstance(new, Tensor | _Packed | _PackedStack):
+    if isinstance(new, Tensor):
         if old is not None and not isinstance(old, Tensor):
             raise ValueError(f"{name} is a tensor in the file and a {type(old).__name__} in this cache")
         if isinstance(old, Tensor) and (old.shape != new.shape or old.dtype != new.dtype):
             raise ValueError(
                 f"{name} is {tuple(new.shape)} {new.dtype} in the file and {tuple(old.shape)} {old.dtype} in this cache"
             )
-        if isinstance(new, _Packed | _PackedStack) and isinstance(old, Tensor):
+        if isinstance(new, CacheTensor) and isinstance(old, Tensor):
             if old.device != new.device:
                 raise ValueError(f"{name} is on {old.device} in this cache; load with device={str(old.device)!r}")
-            if reason := obstacle(old, new.dims):
+            if reason := obstacle(old, new._dims if new._parts is None else None):
                 raise ValueError(f"{name} {reason}; load into a fresh cache")
     elif isinstance(old, _NUMBERS) and old and old != new:
         # A fresh cache has counted nothing yet: what is not zero says how it was made.
@@ -375,11 +304,10 @@ def _check_fit(name: str, old: object, new: Any) -> None:
 
 def _put(owner: Any, key: str | int, is_item: bool, old: object, new: Any) -> None:
     """Other references to a tensor, and its static address, stay valid: it is changed, not replaced."""
-    if isinstance(new, _Packed | _PackedStack):
+    if isinstance(new, CacheTensor):
         if isinstance(old, Tensor):
-            new.fill(old)
+            adopt(old, new)
             return
-        new = new.handle()
     elif isinstance(new, Tensor) and isinstance(old, Tensor) and old.device == new.device:
         with torch.no_grad():
             old.copy_(new)

@@ -9,7 +9,7 @@ from torch import fx
 
 from decoquant_compile import _compat
 from decoquant_compile.dims import Stacking
-from decoquant_compile.handle import Parts, parts_of, stack_of
+from decoquant_compile.handle import Parts, Transients, parts_of, stack_of
 from decoquant_compile.normalize import Normal
 from decoquant_compile.patterns.stacks import Split, distribute, gathered, split
 
@@ -55,34 +55,28 @@ def unstack(normal: Normal, whole: Collection[int] = ()) -> tuple[Stack, ...]:
     Returns:
         What was taken apart.
     """
-    inputs = normal.placeholders
+    inputs, given = normal.placeholders, normal.outputs
     numbers = {node: i for i, node in enumerate(inputs) if i not in whole}
-    found: list[tuple[fx.Node, list[_Unit], Stacking, tuple[int, ...]]] = []
+    found: list[tuple[int, _Apart, tuple[int, ...]]] = []
     for value, buffer in normal.mutations:
-        unit = _Unit(buffer, value)
-        if buffer in numbers and (apart := _taken_apart(normal, unit, inputs)) is not None:
-            found.append((buffer, *apart, ()))
-    results = dict.fromkeys(x for x in normal.outputs if isinstance(x, fx.Node) and x.op != "placeholder")
+        if buffer in numbers and value not in given and buffer not in given:
+            apart = _taken_apart(normal, _Unit(buffer, value))
+            found += [] if apart is None else [(numbers[buffer], apart, ())]
+    written = {value for value, _ in normal.mutations}
+    results = [x for x in dict.fromkeys(given) if isinstance(x, fx.Node) and x.op != "placeholder" and x not in written]
     kept = {inputs[i] for i in whole}
     distributed = [x if kept.intersection(x.all_input_nodes) else distribute(x) for x in results]
     sources = {x: gathered(x) for x in distributed}
     continued = Counter(source[0] for source in sources.values() if source is not None)
     for output, source in sources.items():
         if source is not None and source[0] in numbers and continued[source[0]] == 1:
-            unit = _Unit(source[0], output, returned=True)
             places = tuple(i for i, x in enumerate(normal.outputs) if x is output)
-            if (apart := _taken_apart(normal, unit, inputs)) is not None:
-                found.append((source[0], *apart, places))
-    inputs, outputs = normal.placeholders, normal.outputs
+            apart = _taken_apart(normal, _Unit(source[0], output, returned=True))
+            found += [] if apart is None else [(numbers[source[0]], apart, places)]
+    inputs = normal.placeholders
     return tuple(
-        Stack(
-            inputs.index(buffer),
-            inputs.index(units[0].buffer),
-            stacking,
-            places,
-            outputs.index(units[0].value) if places else 0,
-        )
-        for buffer, units, stacking, places in found
+        Stack(index, inputs.index(apart.units[0].buffer), apart.stacking, places, apart.first_output)
+        for index, apart, places in found
     )
 
 
@@ -90,29 +84,30 @@ def with_parts(args: Sequence[Any], stacks: Sequence[Stack]) -> Sequence[Any]:
     """The inputs of a graph that was taken apart: Dynamo's, then each cache.
 
     A cache is a handle. Where it is none yet, it is None if it is written in place (whoever takes it over must be the
-    only one who holds it) and a view otherwise.
+    only one who holds it) and dense otherwise.
     """
     if not stacks:
         return args
     parts: list[Any] = []
     for stack in stacks:
         tensor, stacking = args[stack.index], stack.stacking
-        held = parts_of(tensor, stacking)
-        parts += held or (stacking.apart(tensor) if stack.outputs else [None] * stacking.number)
+        held: Sequence[Any] | None = parts_of(tensor, stacking)
+        if held is None:
+            # Of a handle of another kind, such as a view, there is no memory to look into.
+            held = stacking.apart(Transients().lower(tensor)) if stack.outputs else [None] * stacking.number
+        parts += held
     return [*args, *parts]
 
 
-def with_wholes(results: Sequence[Any], stacks: Sequence[Stack]) -> Sequence[Any]:
-    """Dynamo's results, from those of a graph that was taken apart."""
-    if not any(stack.outputs for stack in stacks):
-        return results
-    wholes = list(results)
+def with_wholes(results: Sequence[Any], stacks: Sequence[Stack], number: int) -> Sequence[Any]:
+    """Dynamo's results, so many, from those of a graph that was taken apart."""
+    wholes = list(results[:number])
     for stack in stacks:
         if stack.outputs:
             handle = stack_of(Parts(stack.stacking, tuple(results[i] for i in stack.results)))
             for output in stack.outputs:
                 wholes[output] = handle
-    return wholes[: min(stack.first_output for stack in stacks if stack.outputs)]
+    return wholes
 
 
 @dataclass(frozen=True)
@@ -131,17 +126,33 @@ class _Unit:
         return source[1] if source is not None and source[0] is self.buffer else None
 
 
-def _taken_apart(normal: Normal, unit: _Unit, inputs: Sequence[fx.Node]) -> tuple[list[_Unit], Stacking] | None:
+@dataclass(frozen=True)
+class _Apart:
+    """An input that was taken apart: its parts, where they stood, and the position of the first among the results."""
+
+    units: Sequence[_Unit]
+    stacking: Stacking
+    first_output: int
+
+
+def _taken_apart(normal: Normal, unit: _Unit) -> _Apart | None:
     """Take an input apart along as many dims as all of its parts allow; None if that is none."""
-    units, axes, counts = [unit], list[int](), list[int]()
+    units, axes, counts, first = [unit], list[int](), list[int](), 0
     while (splits := _uniform([u.read() for u in units])) is not None:
+        whole = {part for of in splits for part in of.parts}
+        if not whole.isdisjoint(normal.outputs):
+            break  # a part that is returned besides may not be the one in the result
         axes.append(splits[0].axis)
         counts.append(len(splits[0].values))
-        units = [part for u, of in zip(units, splits, strict=True) for part in _apart(normal, u, of)]
-    for node in set(normal.placeholders[len(inputs) :]) - {u.buffer for u in units}:
-        if not node.users:
-            normal.graph.erase_node(node)
-    return (units, Stacking(tuple(axes), tuple(counts))) if axes else None
+        first, parts = len(normal.outputs), list[_Unit]()
+        for u in units:
+            of = u.read()  # again: what it reads may have been replaced since
+            assert of is not None
+            parts += _apart(normal, u, of)
+        for u in units if len(axes) > 1 else ():
+            normal.graph.erase_node(u.buffer)
+        units = parts
+    return _Apart(units, Stacking(tuple(axes), tuple(counts)), first) if axes else None
 
 
 def _uniform(splits: Sequence[Split | None]) -> list[Split] | None:

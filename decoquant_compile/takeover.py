@@ -11,7 +11,7 @@ from torch import Tensor
 
 from decoquant_compile import _compat, _storage
 from decoquant_compile.dims import Dims, Stacking, arranged, order
-from decoquant_compile.handle import CacheTensor, Parts, handle_of, pack, pack_parts, settle, unpack
+from decoquant_compile.handle import CacheTensor, Parts, adopt, handle_of, settle, stack_of, unpack
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import CacheState
 from decoquant_compile.members import members
@@ -128,17 +128,18 @@ def take_over(
     if any(reasons):
         raise Obstructed(reasons)
     states = [_ingest(claim, length, mask) for claim, length, mask in zip(claims, lengths, masks, strict=True)]
-    by_tensor: dict[int, list[tuple[Claim, CacheState]]] = {}
+    handles: dict[int, tuple[Tensor, Tensor]] = {}  # by the tensor that is to become one
+    stacks: dict[int, list[Tensor]] = {}
     for claim, state in sorted(zip(claims, states, strict=True), key=lambda pair: pair[0].part):
-        by_tensor.setdefault(id(claim.tensor), []).append((claim, state))
-    taken = [(of, _storage.released(of[0][0].tensor.nbytes, of[0][0].tensor.device)) for of in by_tensor.values()]
-    for of, released in taken:
-        claim, state = of[0]
-        if claim.stacking is None:
-            pack(claim.tensor, state, claim.dims, released)
-        else:
-            handles = tuple(handle_of(state, claim.dims) for claim, state in of)
-            pack_parts(claim.tensor, Parts(claim.stacking, handles), released)
+        handle = handle_of(state, claim.dims)
+        if claim.stacking is not None:
+            stacks.setdefault(id(claim.tensor), []).append(handle)
+            if claim.part < claim.stacking.number - 1:
+                continue
+            handle = stack_of(Parts(claim.stacking, tuple(stacks[id(claim.tensor)])))
+        handles[id(claim.tensor)] = (claim.tensor, handle)
+    for tensor, handle in handles.values():
+        adopt(tensor, handle)
     return states
 
 

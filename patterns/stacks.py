@@ -29,6 +29,11 @@ class Split:
     selections: tuple[tuple[fx.Node, fx.Node | int], ...]
     values: tuple[fx.Node, ...]
 
+    @property
+    def parts(self) -> set[fx.Node]:
+        """The nodes that hold a part before or after."""
+        return {*self.values, *(selection for selection, _ in self.selections)}
+
 
 def split(buffer: fx.Node, value: fx.Node) -> Split | None:
     """Read a write into one of a graph's inputs as writes to all of its parts; None if it is something else.
@@ -47,7 +52,7 @@ def split(buffer: fx.Node, value: fx.Node) -> Split | None:
     latest: list[fx.Node | int] = list(range(size))
     selections: list[tuple[fx.Node, fx.Node | int]] = []
     for node, following in zip([buffer, *writes], [*writes, None], strict=True):
-        taken = _selections(node, axis, size, following)
+        taken = _selections(node, axis, size, following, is_result=following is None)
         if taken is None:
             return None
         selections += [(selection, latest[number]) for selection, number in taken]
@@ -60,7 +65,7 @@ def split(buffer: fx.Node, value: fx.Node) -> Split | None:
                 return None
             latest[index % size] = part
     values = [x for x in latest if isinstance(x, fx.Node)]
-    return Split(axis, tuple(selections), tuple(values)) if len(values) == size else None
+    return Split(axis, tuple(selections), tuple(values)) if len(set(values)) == size else None
 
 
 def gathered(output: fx.Node) -> tuple[fx.Node, Split] | None:
@@ -76,9 +81,10 @@ def gathered(output: fx.Node) -> tuple[fx.Node, Split] | None:
     buffer = sources[0]
     if buffer is None or any(source is not buffer for source in sources):
         return None
-    if len(shape(buffer)) != len(shape(output)) or shape(buffer)[axis] != len(values):
+    size = shape(buffer)[axis] if len(shape(buffer)) == len(shape(output)) else None
+    if not isinstance(size, int) or not size == len(values) == len(set(values)):
         return None
-    before, after = _selections(buffer, axis, len(values)), _selections(output, axis, len(values))
+    before, after = _selections(buffer, axis, size), _selections(output, axis, size, is_result=True)
     if before is None or after is None:
         return None
     selections = (*before, *((selection, values[number]) for selection, number in after))
@@ -99,9 +105,10 @@ def distribute(output: fx.Node) -> fx.Node:
         return output
     rank, (buffer, new) = len(shape(output)), parts
     axis, dim, tokens = argument(new, "dim") % rank, argument(output, "dim") % rank, argument(new, "tensors")
-    if axis == dim or shape(buffer)[axis] != len(tokens) or dtype(buffer) != dtype(new):
+    size = shape(buffer)[axis]
+    if axis == dim or not isinstance(size, int) or size != len(tokens) or dtype(buffer) != dtype(new):
         return output
-    if _selections(buffer, axis, len(tokens), output) is None or _selections(output, axis, len(tokens)) is None:
+    if _selections(buffer, axis, size, output) is None or _selections(output, axis, size, is_result=True) is None:
         return output
     graph = output.graph
     with graph.inserting_before(output):
@@ -145,19 +152,20 @@ def _writes(buffer: fx.Node, value: fx.Node) -> list[fx.Node]:
 
 
 def _selections(
-    node: fx.Node, axis: int, size: int, following: fx.Node | None = None
+    node: fx.Node, axis: int, size: int, following: fx.Node | None = None, *, is_result: bool = False
 ) -> list[tuple[fx.Node, int]] | None:
     """The nodes that take one part each out of a node, with its number; None if it is used in another way, too.
 
     Args:
-        node: the whole; the graph may return it.
+        node: the whole.
         axis: the dim of the parts.
         size: how many they are.
         following: another user that is allowed.
+        is_result: the graph's result is such a user.
     """
     found = []
     for user in node.users:
-        if user is following or user.op == "output" or user.target is aten.sym_size.int:
+        if user is following or (is_result and user.op == "output") or user.target is aten.sym_size.int:
             continue
         if user.target is not aten.select.int or argument(user, "dim") % len(shape(node)) != axis:
             return None

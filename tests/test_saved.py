@@ -15,6 +15,7 @@ from torch import nn
 
 import decoquant_compile
 from decoquant_compile import CacheTensor
+from decoquant_compile.dims import Stacking
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.takeover import Claim, take_over
 from tests.end_to_end.harness import SMALL, feed, packing, static_cache
@@ -278,6 +279,59 @@ def test_damaged_files(path, change, message):
     with pytest.raises(ValueError, match=message):
         decoquant_compile.load(cache, path)
     assert type(cache[0]) is torch.Tensor
+
+
+def packed_stack(dims=BHSD):
+    """Keys and values of two layers in one tensor."""
+    tensor = torch.randn(2, 2, *SIZES).to(torch.bfloat16)
+    forms = [Format(role, 4, SIZES[3], torch.bfloat16, 2, 8) for role in ("key", "value")] * 2
+    claims = [Claim(tensor, dims, form, Stacking((0, 0), (2, 2)), i) for i, form in enumerate(forms)]
+    take_over(claims, lengths=[None] * 4, masks=[None] * 4)
+    return tensor
+
+
+def test_a_tensor_of_many_caches(path):
+    tensor, into = packed_stack(), torch.zeros(2, 2, *SIZES, dtype=torch.bfloat16)
+    decoquant_compile.save([tensor], path)
+    assert path.stat().st_size < decoquant_compile.nbytes(tensor).total + 4096
+    decoquant_compile.load([into], path)
+    (new,) = decoquant_compile.load([None], path)
+    for loaded in (into, new):
+        assert all(map(same_state, loaded._parts.handles, tensor._parts.handles))
+        assert torch.equal(loaded + 0, tensor + 0)
+    assert loaded.shape == tensor.shape
+
+
+@pytest.mark.parametrize("into", ["a tensor", "nothing"])
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        *((1, axes) for axes in ([9, 0], [0.5, 0], "ab", [-1, 0], [0], [0, 0, 0], None)),
+        *((2, counts) for counts in ([-2, -2], [2, 3], [4], [0, 0], ["2", 2])),
+        (3, []),
+        (3, 7),
+    ],
+)
+def test_damaged_tensors_of_many_caches(path, into, at, value):
+    decoquant_compile.save({"first": packed(), "stack": packed_stack()}, path)
+
+    def change(_tensors, _metadata, layout):
+        layout["packed"]["['stack']"][at] = value
+
+    rewrite(path, change)
+    stack = torch.zeros(2, 2, *SIZES, dtype=torch.bfloat16) if into == "a tensor" else None
+    cache = {"first": fresh(), "stack": stack}
+    with pytest.raises(ValueError, match="is damaged"):
+        decoquant_compile.load(cache, path)
+    assert type(cache["first"]) is torch.Tensor
+    assert not cache["first"].any()
+
+
+def test_a_part_of_other_dims_is_damage(path):
+    decoquant_compile.save([packed_stack()], path)
+    rewrite(path, lambda _tensors, _metadata, layout: layout["packed"]["[0]"][3][1].__setitem__(4, [0, 2, 1, 3]))
+    with pytest.raises(ValueError, match="is damaged"):
+        decoquant_compile.load([None], path)
 
 
 def what_follows(model, cache):

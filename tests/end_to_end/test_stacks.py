@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import decoquant_compile
@@ -416,3 +416,143 @@ def test_one_tensor_handed_in_for_two_layers():
             expected, before = gpt2(call[0], call[1] + 5, before)
             assert distance(got, expected) < noise(16)
     torch.testing.assert_close(shown(past), before)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [lambda x: x[..., :6, :], lambda x: x[..., 1:, :], lambda x: x[:], lambda x: x.flip(0).flip(0)],
+    ids=["crop", "window", "all", "copy"],
+)
+@torch.no_grad()
+def test_a_view_of_a_growing_tensor_is_continued(cut):
+    with packing(bits=16, **SMALL):
+        compiled, steps = torch.compile(gpt2), calls()
+        _, past = compiled(*next(steps), GROWING[gpt2]())
+        tokens, _ = next(steps)
+        views = [cut(layer) for layer in past]
+        call = tokens, torch.tensor(views[0].shape[-2])
+        expected, dense = gpt2(*call, [cut(layer) for layer in shown(past)])
+        got, after = compiled(*call, views)
+        assert distance(got, expected) < noise(16)
+        torch.testing.assert_close(shown(after), dense)
+        assert_packed(after)
+
+
+@torch.no_grad()
+def test_layers_of_a_growing_tensor_are_continued_apart():
+    """What one graph returns in one tensor another takes layer by layer."""
+    with packing(bits=16, **SMALL):
+        steps = calls()
+        _, past = torch.compile(all_layers)(*next(steps), GROWING[all_layers]())
+        call = next(steps)
+        layers = [layer.transpose(0, 1) for layer in past.unbind(1)]
+        expected, _ = gpt2(*call, [x.transpose(0, 1) for x in shown(past).unbind(1)])
+        got, _ = torch.compile(gpt2)(*call, layers)
+        assert distance(got, expected) < noise(16)
+
+
+def returned_too(keys, values, other):
+    return keys, values, torch.stack([keys, values])
+
+
+def first_part_too(keys, values, other):
+    present = torch.stack([keys, values])
+    return present[0], present
+
+
+def twice(keys, values, other):
+    present = torch.stack([keys, values])
+    return present, present
+
+
+def keys_again(keys, values, other):
+    return (torch.stack([keys, values, keys]),)
+
+
+def with_others(keys, values, other):
+    return torch.stack([keys, values]), torch.stack([other, other])
+
+
+@pytest.mark.parametrize("results", [returned_too, first_part_too, twice, keys_again, with_others])
+@torch.no_grad()
+def test_results_beside_a_growing_tensor(results):
+    """Whatever is packed of it: results are those of dense tensors, also after writes to one of them."""
+
+    def function(tokens, start, past):
+        (q, k, v), positions = heads_of(tokens)[0], start + torch.arange(tokens.shape[-2])
+        keys, values = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)
+        mask = torch.arange(keys.shape[2]) <= positions[:, None]
+        return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True), *results(keys, values, q)
+
+    parts = 3 if results is keys_again else 2
+    past = before = torch.zeros(parts, BATCH, HEADS, 0, CHANNELS)
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend=decoquant_backend, options={"bits": 16, **SMALL})
+    for call in calls([9, 1, 1, 1]):
+        got, expected = compiled(*call, past), function(*call, before)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one + 0, other, rtol=0, atol=1e-5)
+        at = next(i for i, x in enumerate(expected) if x.dim() == 5)
+        past, before = got[at], expected[at]
+        for each in (past, before):
+            each[-1].mul_(0.5)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one + 0, other, rtol=0, atol=1e-5)
+    if results in (twice, with_others):
+        assert_packed([past])
+
+
+@pytest.mark.parametrize(
+    "result", [Tensor.contiguous, lambda x: x.to(torch.float32), lambda x: x + 0, lambda x: x[1, 0]]
+)
+@torch.no_grad()
+def test_a_tensor_that_is_returned_as_well(result):
+    class Returning(Layers):
+        def forward(self, tokens, start):
+            return super().forward(tokens, start), result(self.cache)
+
+    model, twin = (Returning(layer_first, *WRITES[layer_first]) for _ in range(2))
+    compiled = torch.compile(model, backend=decoquant_backend, options={"bits": 16, **SMALL})
+    torch.compiler.reset()
+    for call in calls([9, 1, 1, 1]):
+        (got, cache), (expected, dense) = compiled(*call), twin(*call)
+        assert distance(got, expected) < noise(16)
+        torch.testing.assert_close(cache + 0, dense)
+
+
+@torch.no_grad()
+def test_index_select_of_a_dim_that_is_none():
+    model = Layers(layer_first, *WRITES[layer_first])
+    with packing(bits=16, **SMALL):
+        compiled = torch.compile(model)
+        for call in calls([9, 1]):
+            compiled(*call)
+        with pytest.raises(IndexError):
+            model.cache.index_select(8, torch.tensor([0]))
+        chosen = model.cache.index_select(0, torch.tensor([1]))
+        assert torch.equal(chosen, shown(model).cache[1:2])
+
+
+@torch.no_grad()
+def test_max_rewrites_leaves_room_beside_a_tensor_that_stays_dense():
+    class Mixed(Layers):
+        def __init__(self):
+            super().__init__(layer_first, *WRITES[layer_first])
+            for name in ("own_keys", "own_values"):
+                self.register_buffer(name, torch.zeros(BATCH, HEADS, SLOTS, CHANNELS))
+
+        def forward(self, tokens, start):
+            y = super().forward(tokens, start)
+            (q, k, v), positions = heads_of(tokens)[0], start + torch.arange(tokens.shape[-2])
+            keys, values = self.own_keys.index_copy_(2, positions, k), self.own_values.index_copy_(2, positions, v)
+            mask = torch.arange(SLOTS) <= positions[:, None]
+            z = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+            return y + z + (self.cache[0, 0] > 0).any()
+
+    model, twin = Mixed(), Mixed()
+    compiled = torch.compile(model, backend=decoquant_backend, options={"bits": 16, "max_rewrites": 1, **SMALL})
+    torch.compiler.reset()
+    for call in calls([9, 1]):
+        torch.testing.assert_close(compiled(*call), twin(*call), rtol=0, atol=1e-4)
+    assert_packed([model.own_keys, model.own_values])
+    assert type(model.cache) is Tensor

@@ -695,7 +695,7 @@ def test_zeros_and_released_storages_take_no_memory():
     process = psutil.Process()
     before = process.memory_info().rss
     zeros = _storage.zeros(256 << 20, torch.device("cpu"))
-    released = _storage.released(256 << 20, torch.device("cpu"))
+    released = _storage.Reserved(256 << 20, torch.device("cpu")).storage(256 << 20)
     assert zeros.nbytes() == released.nbytes() == 256 << 20
     assert process.memory_info().rss - before < 32 << 20
 
@@ -704,7 +704,7 @@ def test_zeros_and_released_storages_take_no_memory():
 @pytest.mark.skipif(sys.platform != "linux", reason="a null pointer elsewhere")
 def test_released_memory_reads_as_nan_and_refuses_writes(dtype):
     n = 9 << 20
-    storage = _storage.released(n, torch.device("cpu"))
+    storage = _storage.Reserved(n, torch.device("cpu")).storage(n)
     tensor = torch.empty(0, dtype=dtype).set_(storage, 0, (n // dtype.itemsize,))
     assert bool(tensor.isnan().all())
     with pytest.raises(RuntimeError):
@@ -734,4 +734,4 @@ def test_address_space_exhausted(monkeypatch):
     monkeypatch.setattr(_storage, "_CHUNK", 1 << 12)
     monkeypatch.setattr(_storage, "_libc", lambda: SimpleNamespace(mmap=lambda *_: -1))
     with pytest.raises(OSError, match="cannot map 8192 bytes"):
-        _storage.released(8192, torch.device("cpu"))
+        _storage.Reserved(8192, torch.device("cpu")).storage(8192)

@@ -234,7 +234,7 @@ def test_claims_that_do_not_fit():
     assert bool((tensor == 1).all())
 
 
-@pytest.mark.parametrize("broken", ["write", "released"])
+@pytest.mark.parametrize("broken", ["write", "handle_of"])
 def test_failure_half_way_changes_nothing(monkeypatch, broken):
     calls = []
 
@@ -252,9 +252,9 @@ def test_failure_half_way_changes_nothing(monkeypatch, broken):
     if broken == "write":
         monkeypatch.setattr(CacheState, "write", failing(CacheState.write))
     else:
-        from decoquant_compile import _storage
+        from decoquant_compile import takeover
 
-        monkeypatch.setattr(_storage, "released", failing(_storage.released))
+        monkeypatch.setattr(takeover, "handle_of", failing(takeover.handle_of))
     with pytest.raises(MemoryError):
         take(*tensors)
     assert all(type(t) is Tensor for t in tensors)
