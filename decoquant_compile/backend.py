@@ -308,7 +308,7 @@ def packed(
     _compat.trace_artifact("rewritten", lambda: str(rewritten.gm.graph))
     inputs = [*(_compat.canonical(found.inputs[i]) for i in rewritten.kept), *rewritten.examples]
     fn = compiler(rewritten.gm, inputs, config_patches=patches)
-    bound = {binding.index for binding in rewritten.bindings if binding.index is not None}
+    bound = {binding.index for binding in rewritten.bindings} | {stack.index for stack in found.stacks}
     handles = tuple(
         at for at, i in enumerate(rewritten.kept) if isinstance(found.inputs[i], CacheTensor) and i not in bound
     )

@@ -62,14 +62,14 @@ def unstack(normal: Normal, whole: Collection[int] = ()) -> tuple[Stack, ...]:
         if buffer in numbers and value not in given and buffer not in given:
             apart = _taken_apart(normal, _Unit(buffer, value))
             found += [] if apart is None else [(numbers[buffer], apart, ())]
-    written = {value for value, _ in normal.mutations}
+    written = {node for pair in normal.mutations for node in pair}
     results = [x for x in dict.fromkeys(given) if isinstance(x, fx.Node) and x.op != "placeholder" and x not in written]
-    kept = {inputs[i] for i in whole}
+    kept = written | {inputs[i] for i in whole}
     distributed = [x if kept.intersection(x.all_input_nodes) else distribute(x) for x in results]
     sources = {x: gathered(x) for x in distributed}
     continued = Counter(source[0] for source in sources.values() if source is not None)
     for output, source in sources.items():
-        if source is not None and source[0] in numbers and continued[source[0]] == 1:
+        if source is not None and source[0] in numbers.keys() - written and continued[source[0]] == 1:
             places = tuple(i for i, x in enumerate(normal.outputs) if x is output)
             apart = _taken_apart(normal, _Unit(source[0], output, returned=True))
             found += [] if apart is None else [(numbers[source[0]], apart, places)]

@@ -165,7 +165,7 @@ def _selections(
     """
     found = []
     for user in node.users:
-        if user is following or (is_result and user.op == "output") or user.target is aten.sym_size.int:
+        if user is following or (is_result and user.op == "output"):
             continue
         if user.target is not aten.select.int or argument(user, "dim") % len(shape(node)) != axis:
             return None

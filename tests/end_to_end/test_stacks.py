@@ -556,3 +556,28 @@ def test_max_rewrites_leaves_room_beside_a_tensor_that_stays_dense():
         torch.testing.assert_close(compiled(*call), twin(*call), rtol=0, atol=1e-4)
     assert_packed([model.own_keys, model.own_values])
     assert type(model.cache) is Tensor
+
+
+@torch.no_grad()
+def test_an_input_that_grows_and_is_overwritten():
+    """The result continues it, and the call puts something else in its place."""
+
+    def function(tokens, start, past):
+        (q, k, v), positions = heads_of(tokens)[0], start + torch.arange(tokens.shape[-2])
+        keys, values = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)
+        mask = torch.arange(keys.shape[2]) <= positions[:, None]
+        y = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+        past.copy_(torch.ones_like(past))
+        return y, torch.stack([keys, values])
+
+    past = torch.randn(2, BATCH, HEADS, 5, CHANNELS)
+    before = past.clone()
+    compiled = torch.compile(function, backend=decoquant_backend, options={"bits": 16, **SMALL})
+    torch.compiler.reset()
+    for tokens, start in calls([2, 1, 1]):
+        got, after = compiled(tokens, start + 5, past)
+        expected, dense = function(tokens, start + 5, before)
+        assert distance(got, expected) < noise(16)
+        assert torch.equal(past + 0, before)
+        torch.testing.assert_close(after + 0, dense)
+        past, before = after, dense
