@@ -535,7 +535,8 @@ def test_the_reason_is_exactly(name):
 
 
 def test_every_reason_has_a_near_miss():
-    assert {reason for reason, *_ in MISSES.values()} == set(Reason)
+    # The matcher sees the parts of a tensor only; whether all can be packed is found out later (test_stacks.py).
+    assert {reason for reason, *_ in MISSES.values()} == set(Reason) - {Reason.SHARED_TENSOR}
 
 
 def test_every_reason_has_a_text():
