@@ -251,12 +251,7 @@ def trace_alone(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule | N
     try:
         with tracing(TracingContext(mode)), mode, torch.no_grad(), enable_python_dispatcher():
             return proxy_tensor.make_fx(fx.Interpreter(gm).run, _disable_torch_fn_metadata_mode=True)(*values)
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AssertionError,
-    ):  # of transforms and of fakes
+    except (RuntimeError, ValueError, TypeError, AssertionError):  # of transforms and of fakes
         return None
     finally:
         while functorch_depth() > depth:

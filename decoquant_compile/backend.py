@@ -130,7 +130,8 @@ def find(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, re
     if (why := unsupported(flat, example_inputs)) is not None:
         report.untouched, report.detail = Untouched.UNSUPPORTED, why
         return None
-    found, findings, left = _search(gm, flat, example_inputs, options, whole := set[int]())
+    whole: set[int] = set()
+    found, findings, left = _search(gm, flat, example_inputs, options, whole)
     while left and (found.plans or options.max_rewrites is not None):
         whole |= left  # as it came, the graph writes them in place
         found, findings, left = _search(gm, flat, example_inputs, options, whole)

@@ -137,10 +137,13 @@ class PackedGraph:
     patches: Mapping[str, Any]
     _dense: Callable[..., Sequence[Any]] | None = field(default=None, init=False)
     _in_place: tuple[int, ...] = field(init=False)  # the numbers of the bindings that are written in place
+    _number: int = field(init=False)  # of Dynamo's results
 
     def __post_init__(self) -> None:
         numbered = enumerate(self.bindings)
         self._in_place = tuple(i for i, binding in numbered if binding.writes and not binding.outputs)
+        returned: Any = self.original.graph.output_node().args[0]
+        self._number = len(returned)
 
     def __call__(self, *given: Any) -> Sequence[Any]:
         """Run it, in Dynamo's calling convention."""
@@ -175,10 +178,9 @@ class PackedGraph:
             )
         else:
             results = self.fn(*kept, *buffers, *numbers)
-        if not opened:
-            return results
-        returned: Any = self.original.graph.output_node().args[0]
-        return with_wholes(self._with_handles(results, opened), self.stacks, len(returned))
+        if opened:
+            results = self._with_handles(results, opened)
+        return with_wholes(results, self.stacks, self._number) if self.stacks else results
 
     def _foreign(self, args: Sequence[Any]) -> list[int]:
         """The numbers of the bindings whose caches are not held in the right way yet, with all that share a tensor."""
