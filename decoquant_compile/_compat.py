@@ -623,7 +623,7 @@ def amx_granted() -> bool:
 
 
 def flash_attention_cpu(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Torch's flash attention on CPUs with the logarithms of its sums, which `scaled_dot_product_attention` drops.
 
@@ -633,13 +633,14 @@ def flash_attention_cpu(
         value: as `key`.
         mask: additive, same dtype, broadcastable to ``[batch, query_heads, queries, tokens]``.
         scale: of the logits.
+        causal: without a mask: admits to each query the tokens up to its own number.
 
     Returns:
         The result, shape and dtype of `query`, and float32 ``[batch, query_heads, queries]``; rows that nothing is
         admitted to are zeros with an arbitrary sum.
     """
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, sums = attention(query, key, value, attn_mask=mask, scale=scale)
+    out, sums = attention(query, key, value, is_causal=causal, attn_mask=mask, scale=scale)
     return out, sums
 
 

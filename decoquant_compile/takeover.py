@@ -170,6 +170,8 @@ def ingest(dense: Tensor, state: CacheState, length: int | None, mask: tuple[Ten
         mask: see `take_over`.
     """
     with torch.inference_mode(mode=False), torch.no_grad():
+        if _is_blank(dense):  # as a prefill finds it
+            return
         written = (dense.amax((1, 3)) != 0) | (dense.amin((1, 3)) != 0)  # [B, S], without a mask of the tensor's size
         positions = written.any(0).nonzero()[:, 0]
         if length is not None:  # left-overs first: the window keeps what was written last
@@ -178,6 +180,14 @@ def ingest(dense: Tensor, state: CacheState, length: int | None, mask: tuple[Ten
             rows = written[:, positions]
             admitted, first = (None, 0) if mask is None else mask
             state.write(dense.index_select(2, positions), positions, mask=admitted, first=first, rows=rows)
+
+
+def _is_blank(tensor: Tensor) -> bool:
+    """Whether a tensor is quickly seen to be all zeros; another one may be, too."""
+    if not tensor.is_contiguous() or tensor.nbytes % torch.int64.itemsize or tensor.storage_offset():
+        return False
+    words = tensor.view(-1).view(torch.int64)
+    return not bool(words.amax()) and not bool(words.amin())
 
 
 def restore(cache: T) -> T:

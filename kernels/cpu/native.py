@@ -12,9 +12,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from decoquant_compile._compat import flash_attention_cpu
 from decoquant_compile.kernels import codec, reference, tiles
-from decoquant_compile.kernels.cpu import build
+from decoquant_compile.kernels.cpu import build, prompt
 from decoquant_compile.kernels.format import Format
 
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -23,13 +22,11 @@ _REFUSED: Final = -1
 """Result of a call with arguments that the C++ does not take as they are."""
 _DONE, _DENSE_IS_ALL = 0, 2
 """Results of `decoquant_attend`; any other one: nothing was done."""
-
-_LARGEST_SUM: Final = 1e4
-"""Larger logarithms of sums are too coarse to merge by (a mask adds the least number everywhere); nan may come of a
-key that is masked."""
+_UNBROKEN: Final = 1
+"""A result of `decoquant_extents`."""
 
 _TOGETHER: Final = 16
-"""From so many queries and new tokens on, the new tokens are attended by torch's own flash attention and merged."""
+"""From so many queries and new tokens on, the new tokens are attended by themselves and merged."""
 
 
 @functools.cache  # for good: layouts hold the addresses
@@ -176,9 +173,9 @@ class Kernels:
     def __init__(self, level: build.Level, library: ctypes.CDLL) -> None:
         self.level = level
         self._gomp_parallel = openmp_parallel()
-        self._attend, self._store = (
+        self._attend, self._store, self._extents = (
             _method(ctypes.cast(function, ctypes.c_void_p).value or 0)[0]
-            for function in (library.decoquant_attend, library.decoquant_store)
+            for function in (library.decoquant_attend, library.decoquant_store, library.decoquant_extents)
         )
         address, integer = ctypes.c_void_p, ctypes.c_int64
         places = address, address, integer, integer, address
@@ -189,6 +186,13 @@ class Kernels:
         """Reads a contiguous tensor once, as fast as memory gives it; the exclusive or of its 64-bit words."""
         nbytes = buffer.nbytes // 64 * 64
         return int(self._read(buffer.data_ptr(), nbytes, self._gomp_parallel, torch.get_num_threads()))
+
+    def extents(self, mask: Tensor) -> prompt.Extents:
+        """Where the rows of a mask, bool ``[batch, heads, queries, tokens]``, admit tokens."""
+        out = torch.empty((*mask.shape[:3], 2), dtype=torch.int64)
+        unbroken = self._extents(mask if mask.stride(-1) == 1 else mask.contiguous(), out)
+        assert unbroken != _REFUSED
+        return prompt.Extents(*out.unbind(-1), unbroken == _UNBROKEN)
 
     def dequantise(
         self,
@@ -328,7 +332,7 @@ class Kernels:
         dense = None
         if min(query.shape[2], tokens) >= _TOGETHER and softcap is None and query.numel():
             factor = query.shape[3] ** -0.5 if scale is None else scale
-            dense = _attend_new(*rows, at, bias, factor, first, length, drain)
+            dense = prompt.attend(*rows, at, bias, factor, first, length, drain, self.extents)
         out = rows[0].new_empty((*query.shape[:3], value_form.head_dim))
         status = self._attend(
             keys, values, key_state, value_state, *rows, at, bias, scale, softcap, first, length,
@@ -343,54 +347,3 @@ class Kernels:
                 key_form, value_form, sink,
             )  # fmt: skip
         return out if out.dtype is query.dtype else out.to(query.dtype)
-
-
-class _Dense(NamedTuple):
-    """Attention to new tokens, and to a sink, alone."""
-
-    out: Tensor
-    """``[batch, query_heads, queries, head_dim]``"""
-    sums: Tensor
-    """Logarithms of the sums of the softmax, float32 ``[batch, query_heads, queries]``; -inf: nothing is admitted."""
-
-
-def _attend_new(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    first: int,
-    length: int,
-    sink: Tensor | None,
-) -> _Dense | None:
-    """Attention to the new tokens, and to a sink, alone by torch's kernel, if it has one for them."""
-    tokens = len(positions)
-    if tokens == 0 or query.dtype != key.dtype or key.dtype != value.dtype or key.shape != value.shape:
-        return None
-    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
-        return None  # torch's kernel would round it
-    if sink is not None and not bool((sink < math.inf).all()):  # nan as well
-        return None
-    column = int(positions[0]) - first
-    together = torch.equal(positions, torch.arange(first + column, first + column + tokens))
-    if not together or first + column < 0 or column < 0 or column + tokens > length:
-        return None
-    admitted = None
-    if mask is not None:
-        part = mask[..., column : column + tokens]
-        if part.dtype == torch.bool:
-            part = torch.zeros(part.shape, dtype=query.dtype).masked_fill_(~part, -math.inf)
-        admitted = (part > -math.inf).any(-1)
-        mask = part
-    out, sums = flash_attention_cpu(query, key, value, mask, scale)
-    if not bool((sums.abs() < _LARGEST_SUM).all()):  # nan as well
-        return None
-    if admitted is not None:
-        sums = sums.masked_fill(~admitted, -math.inf)
-    if sink is not None:
-        share = sink[:, None]
-        out = torch.where((sums > -math.inf)[..., None], out * (sums - share).sigmoid()[..., None], 0.0).to(out.dtype)
-        sums = torch.logaddexp(sums, share)
-    return _Dense(out.contiguous(), sums.contiguous())

@@ -107,7 +107,11 @@ class Arguments {
 
   void* state(const Layout& layout) { return contiguous(DlType::UINT8, {layout.bytes}); }
 
-  const int64_t* positions(int64_t count) { return static_cast<int64_t*>(contiguous(DlType::INT64, {count})); }
+  int64_t* integers(std::initializer_list<int64_t> sizes) {
+    return static_cast<int64_t*>(contiguous(DlType::INT64, sizes));
+  }
+
+  const int64_t* positions(int64_t count) { return integers({count}); }
 
   void* out(int64_t dtype, std::initializer_list<int64_t> sizes) {
     return contiguous(dtype == FLOAT32 ? DlType::FLOAT32 : dtype == BFLOAT16 ? DlType::BFLOAT16 : DlType::FLOAT16, sizes);
