@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import functools
-import math
 import pathlib
 import struct
 from collections.abc import Callable
