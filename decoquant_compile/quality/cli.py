@@ -91,6 +91,14 @@ class _Plan:
     layers: bool
     bits_at: int
 
+    def slots(self, options: Mapping[str, Any]) -> int:
+        """Of the caches that one of our settings is decoded on.
+
+        An average is allotted over the caches as they are, so that they must be those whose bits are counted.
+        """
+        average = Options.parse(options)[0].averages
+        return max(self.bits_at, self.setting.context) if average else self.setting.context
+
     @property
     def settings(self) -> list[tuple[str, dict[str, Any]]]:
         """Names and options of our settings."""
@@ -128,7 +136,9 @@ class _Run:
             )
             for prefill in plan.prefills:
                 with self._task(f"{name}: {method}, {prefill} prefill", plan.setting.steps) as tick:
-                    found = measure.decoded(self.subject, ids, plan.setting, options, prefill, tick)
+                    found = measure.decoded(
+                        self.subject, ids, plan.setting, options, prefill, tick, plan.slots(options)
+                    )
                 add(method, "operators", prefill, found)
                 if plan.control:
                     add(method, "emulated", prefill, self._emulated(f"{name}: {method}", ids, _ours(options, prefill)))
@@ -298,7 +308,8 @@ def _texts(paths: Sequence[pathlib.Path], console: Console) -> list[text.Text]:
     type=click.IntRange(min=0),
     default=8192,
     show_default=True,
-    help="Tokens in the cache whose stored bits are counted; 0 not to count.",
+    help="Tokens in the cache whose stored bits are counted, and over which an average of bits is allotted; 0 not to "
+    "count.",
 )
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), default="float32", show_default=True, help="Of the model.")
 @out_option(f"Write the results as {', '.join(report.FORMATS)}", *report.FORMATS)

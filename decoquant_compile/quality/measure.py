@@ -74,6 +74,7 @@ def decoded(
     options: Mapping[str, Any],
     prefill: Prefill,
     tick: Tick = lambda: None,
+    slots: int | None = None,
 ) -> Tensor:
     """The same, decoded token by token through the compiled model on its packed cache.
 
@@ -87,13 +88,14 @@ def decoded(
         prefill: "compiled": the prompt runs through the compiled model, which sees its queries; "eager": through the
             plain one, and the first compiled step takes its cache over.
         tick: called after every step.
+        slots: of the caches; what an average of bits is allotted over. By default those of a window.
 
     Raises:
         NotPackedError: the cache of a layer was not packed.
         ValueError: an option is not valid.
     """
     torch.compiler.reset()  # each set of options has graphs of its own
-    cache = subject.static_cache(len(ids), setting.context)
+    cache = subject.static_cache(len(ids), setting.context if slots is None else slots)
     compared = set(setting.positions.tolist())
     rows = []
     with _compat.quick_compile(), decoquant_compile.enable(**options) as session:

@@ -65,8 +65,9 @@ def test_both_prefills_are_measured(folder, monkeypatch, tmp_path):
     """The order and the names of what is run; the runs themselves are those of `measure`."""
     seen = []
 
-    def decoded(subject, ids, setting, options, prefill, tick):
+    def decoded(subject, ids, setting, options, prefill, tick, slots):
         seen.append((options, prefill))
+        assert slots == 40
         return cli.measure.exact(subject, ids, setting)
 
     monkeypatch.setattr(cli.measure, "decoded", decoded)
@@ -77,6 +78,22 @@ def test_both_prefills_are_measured(folder, monkeypatch, tmp_path):
     assert seen == [(mixed, "compiled"), (mixed, "eager"), (same, "compiled"), (same, "eager")]
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert all(row["statistics"]["kl_mean"] == 0 and row["bits"] is None for row in rows)
+
+
+def test_an_average_is_allotted_over_the_caches_whose_bits_are_counted(folder, monkeypatch):
+    seen = []
+
+    def decoded(subject, ids, setting, options, prefill, tick, slots):
+        seen.append(slots)
+        return cli.measure.exact(subject, ids, setting)
+
+    monkeypatch.setattr(cli.measure, "decoded", decoded)
+    monkeypatch.setattr(cli.measure, "stored_bits", lambda *_: cli.measure.Bits(3.0, 3.0))
+    arguments = ["--text", folder / "prose.txt", "--prompt", 20, "--context", 40, "--windows", 1]
+    for at in (60, 0):
+        result = run(folder, *arguments, "--bits", "4,3.2", "--bits-at", at)
+        assert result.exit_code == 0, result.output + repr(result.exception)
+    assert seen == [40, 60, 40, 40]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,14 @@ def test_without_quantisation_decoding_gives_the_exact_states(subject, ids):
     torch.testing.assert_close(states, measure.exact(subject, ids, SETTING), rtol=1e-3, atol=1e-4)
 
 
+def test_an_average_goes_by_the_slots_of_the_caches(subject, ids):
+    """The budget is for all slots, and so may be the number of tokens that are compared on it."""
+    one = distance(subject, ids, measure.decoded(subject, ids, SETTING, {"bits": 2.5}, "compiled"))
+    other = distance(subject, ids, measure.decoded(subject, ids, SETTING, {"bits": 2.5}, "compiled", slots=400))
+    assert one > 1e-5
+    assert 0.5 < one / other < 2
+
+
 @pytest.mark.parametrize("prefill", ["eager", "compiled"])
 def test_the_real_operators_diverge_as_their_emulation_does(subject, ids, prefill):
     options = {"bits": 2, "window": 16}
