@@ -1,4 +1,4 @@
-"""Attention of the tokens of a prompt to each other, before they are merged with those of the cache.
+"""Attention of the tokens of a prompt to each other and, where they are many, to those of the cache.
 
 Torch's own flash attention does it: it has no rival on CPUs where many queries meet many keys in 16 bits. What a mask
 leaves out, it leaves out only where it is told so; here it is.
@@ -20,9 +20,15 @@ key that is masked."""
 _BLOCK: Final = 512
 """Queries that are attended together where a mask leaves columns out: as fast as all at once."""
 
+_STRETCH: Final = 4096
+"""Tokens of a cache that are dequantised at a time."""
+
+Read = Callable[[int, int], tuple[Tensor, Tensor]]
+"""Keys and values of the columns ``[low, high)``."""
+
 
 class Dense(NamedTuple):
-    """Attention to new tokens, and to a sink, alone."""
+    """Attention to some tokens."""
 
     out: Tensor
     """``[batch, query_heads, queries, head_dim]``, contiguous."""
@@ -63,8 +69,9 @@ def attend(
     length: int,
     sink: Tensor | None,
     extents: Callable[[Tensor], Extents],
+    read: Read | None = None,
 ) -> Dense | None:
-    """Attention to the new tokens, and to a sink, alone, if torch's kernel can do it.
+    """Attention to the new tokens, to a sink and, given how to read it, to the rest of the cache, if torch can do it.
 
     Args:
         query: ``[batch, query_heads, queries, head_dim]``.
@@ -77,8 +84,9 @@ def attend(
         length: see `mask`.
         sink: logits beside those of the keys, without values, float32 ``[query_heads]``.
         extents: finds those of a mask.
+        read: gives keys and values of columns of the cache; they are like `key` and `value`.
     """
-    queries, tokens = query.shape[2], len(positions)
+    tokens = len(positions)
     if tokens == 0 or query.dtype != key.dtype or key.dtype != value.dtype or key.shape != value.shape:
         return None
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
@@ -86,13 +94,48 @@ def attend(
     if sink is not None and not bool((sink < math.inf).all()):  # nan as well
         return None
     column = int(positions[0]) - first
-    together = torch.equal(positions, torch.arange(first + column, first + column + tokens))
-    if not together or first + column < 0 or column < 0 or column + tokens > length:
+    end = column + tokens
+    together = torch.equal(positions, torch.arange(first + column, first + end))
+    if not together or first + column < 0 or column < 0 or end > length:
         return None
-    admitted = None
-    blocks = [_Block(slice(0, queries), slice(0, tokens))]
+
+    def fresh(low: int, high: int) -> tuple[Tensor, Tensor]:
+        return key[:, :, low - column : high - column], value[:, :, low - column : high - column]
+
+    parts: list[tuple[int, int, Read]] = [(column, end, fresh)]
+    if read is not None:
+        parts += [(low, high, read) for low, high in (*_stretches(0, column), *_stretches(end, length))]
+    found: Dense | None = None
+    for low, high, operands in parts:
+        part = _attend_columns(query, mask, scale, extents, low, high, operands)
+        if part is None:
+            return None
+        found = part if found is None else _merge(found, part)
+    assert found is not None
+    if sink is not None:
+        found = _merge(found, Dense(torch.zeros_like(found.out), sink[:, None].expand(found.sums.shape)))
+    return Dense(found.out.to(query.dtype), found.sums)
+
+
+def _stretches(low: int, high: int) -> Iterator[tuple[int, int]]:
+    for at in range(low, high, _STRETCH):
+        yield at, min(at + _STRETCH, high)
+
+
+def _attend_columns(
+    query: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    extents: Callable[[Tensor], Extents],
+    low: int,
+    high: int,
+    operands: Read,
+) -> Dense | None:
+    """Attention to the columns ``[low, high)`` alone; None if its sums cannot be merged with others."""
+    queries = query.shape[2]
+    blocks, admitted = [_Block(slice(0, queries), slice(0, high - low))], None
     if mask is not None:
-        part = mask[..., column : column + tokens]
+        part = mask[..., low:high]
         if part.dtype == torch.bool:
             part = part.expand(-1, -1, queries, -1)
             reach = extents(part)
@@ -101,28 +144,37 @@ def attend(
         else:
             admitted = (part > -math.inf).any(-1)
             blocks = [blocks[0]._replace(mask=part)]
-    if len(blocks) == 1 and blocks[0].queries == slice(0, queries):
-        out, sums = _attend_block(query, key, value, blocks[0], scale)
-        out, sums = out.contiguous(), sums.contiguous()
+    if not blocks:
+        sums = query.new_full(query.shape[:3], -math.inf, dtype=torch.float32)
+        return Dense(torch.zeros_like(query), sums)
+    start = min(block.columns.start for block in blocks)
+    key, value = operands(low + start, low + max(block.columns.stop for block in blocks))
+    found = [_attend_block(query, key, value, block, start, scale) for block in blocks]
+    if blocks[0].queries == slice(0, queries):
+        out, sums = (x.contiguous() for x in found[0])
     else:
-        out, sums = query.new_zeros(query.shape), query.new_zeros(query.shape[:3], dtype=torch.float32)
-        for block in blocks:
-            out[:, :, block.queries], sums[:, :, block.queries] = _attend_block(query, key, value, block, scale)
+        out, sums = torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=torch.float32)
+        for block, (of_block, its_sums) in zip(blocks, found, strict=True):
+            out[:, :, block.queries], sums[:, :, block.queries] = of_block, its_sums
     if not bool((sums.abs() < _LARGEST_SUM).all()):  # nan as well
         return None
-    if admitted is not None:
-        sums = sums.masked_fill(~admitted, -math.inf)
-    if sink is not None:
-        share = sink[:, None]
-        out = torch.where((sums > -math.inf)[..., None], out * (sums - share).sigmoid()[..., None], 0.0).to(out.dtype)
-        sums = torch.logaddexp(sums, share)
-    return Dense(out, sums)
+    return Dense(out, sums if admitted is None else sums.masked_fill(~admitted, -math.inf))
 
 
-def _attend_block(query: Tensor, key: Tensor, value: Tensor, block: _Block, scale: float) -> tuple[Tensor, Tensor]:
-    of_queries, of_columns = (slice(None), slice(None), block.queries), (slice(None), slice(None), block.columns)
+def _merge(one: Dense, other: Dense) -> Dense:
+    """Attention to the tokens of both, in float32."""
+    share = (other.sums - one.sums).sigmoid().nan_to_num(0.0)  # nan: nothing is admitted in either
+    out = torch.lerp(one.out.float(), other.out.float(), share[..., None])
+    return Dense(out, torch.logaddexp(one.sums, other.sums))
+
+
+def _attend_block(
+    query: Tensor, key: Tensor, value: Tensor, block: _Block, start: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The keys and values are those of the columns from `start` on."""
+    columns = slice(block.columns.start - start, block.columns.stop - start)
     return flash_attention_cpu(
-        query[of_queries], key[of_columns], value[of_columns], block.mask, scale, causal=block.causal
+        query[:, :, block.queries], key[:, :, columns], value[:, :, columns], block.mask, scale, causal=block.causal
     )
 
 

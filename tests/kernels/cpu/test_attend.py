@@ -247,6 +247,25 @@ def test_masks_of_a_wider_dtype_keep_their_precision(native, queries):
     assert_equals_the_oracle(native, case)
 
 
+@pytest.mark.parametrize("masked", ["causal", "sliding", "padded", "random", None])
+@pytest.mark.parametrize("bits", [16, 8, 3])
+def test_so_many_queries_that_the_cache_may_be_dequantised(native, bits, masked):
+    queries, count, slots = 520, 500, 1100
+    case = example(count, bits=(bits, bits), queries=queries, new=queries, slots=slots)
+    at, own = torch.arange(slots), torch.arange(count, count + queries)[:, None]
+    causal = at <= own
+    case.mask = {
+        "causal": causal[None, None],
+        "sliding": (causal & (at > own - 200))[None, None],
+        "padded": causal & (at >= torch.tensor([0, 650])[:, None, None, None]),
+        "random": torch.rand(2, 1, queries, slots, generator=torch.manual_seed(0)) < 0.5,
+        None: None,
+    }[masked]
+    for sink in (None, torch.tensor([-torch.inf, -30.0, 0.0, 2.0, 1e4, 0.0])):
+        case.sink = sink
+        assert_equals_the_oracle(native, case)
+
+
 @pytest.mark.parametrize("bits", [16, 4])
 def test_keys_written_before_their_values(native, bits):
     """Writes of the two caches are two operators: in between the caches differ."""

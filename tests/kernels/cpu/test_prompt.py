@@ -144,3 +144,51 @@ def test_what_torch_s_kernel_cannot_do(native):
     assert attend(native, query, key, value, mask.double()) is None
     assert attend(native, query, key, value, torch.zeros(1, 1, 20, 20).masked_fill(~mask, -1e30) - 1e30) is None
     assert attend(native, query, key, value, mask, torch.tensor([0.0, math.nan, 0.0, 0.0])) is None
+
+
+# -------------------------------------------------------------------------------------------------------------- history
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("at", [0, 300])
+def test_history(native, name, at, monkeypatch):
+    """Stretches of a cache on both sides of the new tokens."""
+    monkeypatch.setattr(prompt, "_STRETCH", 250)
+    mask = MASKS[name]
+    queries = mask.shape[2] if mask.shape[2] > 1 else 1100
+    query, key, value = operands(queries, mask.shape[3], batch=mask.shape[0])
+    new = slice(at, at + 200)
+    held = [x.clone() for x in (key, value)]
+    for x in held:
+        x[:, :, new] = math.nan  # what is new counts, not what stands in its place
+    asked = []
+
+    def read(low, high):
+        asked.append((low, high))
+        return tuple(x[:, :, low:high] for x in held)
+
+    positions, length = torch.arange(new.start, new.stop), mask.shape[3]
+    of_new = key[:, :, new], value[:, :, new]
+    got = prompt.attend(query, *of_new, positions, mask, 0.25, 0, length, None, native.extents, read)
+    out, sums = expected(query, key, value, mask)
+    torch.testing.assert_close(got.out.double(), out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.sums.double(), sums, atol=1e-5, rtol=1e-5)
+    assert all(high - low <= 250 for low, high in asked)
+    assert (name == "none") is not bool(asked)
+
+
+def test_history_that_no_query_is_admitted_is_not_read(native):
+    mask = causal(100, tokens=10_000, window=300)
+    query, key, value = operands(100, 10_000)
+    asked = []
+
+    def read(low, high):
+        asked.append((low, high))
+        return key[:, :, low:high], value[:, :, low:high]
+
+    new = slice(9_900, 10_000)
+    prompt.attend(
+        query, key[:, :, new], value[:, :, new], torch.arange(9_900, 10_000), mask, 0.25, 0, 10_000, None,
+        native.extents, read,
+    )  # fmt: skip
+    assert asked == [(9_601, 9_900)]
