@@ -88,7 +88,8 @@ def main(
     """Measure cell after cell, show the table, write the results."""
     console = Console()
     if timed:
-        console.print(str(timing.measure()), highlight=False)
+        for growing in (False, True):
+            console.print(str(timing.measure(growing=growing)), highlight=False)
         return
     cells: list[Cell] = []
     settings = {"attention": attention, "cache": cache, "prefill": prefill, "check": check}

@@ -20,8 +20,8 @@ key that is masked."""
 _BLOCK: Final = 512
 """Queries that are attended together where a mask leaves columns out: as fast as all at once."""
 
-_STRETCH: Final = 4096
-"""Tokens of a cache that are dequantised at a time."""
+_STRETCH: Final = 32 << 20
+"""Bytes of keys and values that are dequantised at a time."""
 
 Read = Callable[[int, int], tuple[Tensor, Tensor]]
 """Keys and values of the columns ``[low, high)``."""
@@ -104,7 +104,8 @@ def attend(
 
     parts: list[tuple[int, int, Read]] = [(column, end, fresh)]
     if read is not None:
-        parts += [(low, high, read) for low, high in (*_stretches(0, column), *_stretches(end, length))]
+        step = max(1, _STRETCH // (key[:, :, 0].nbytes + value[:, :, 0].nbytes))
+        parts += [(low, high, read) for low, high in (*_stretches(0, column, step), *_stretches(end, length, step))]
     found: Dense | None = None
     for low, high, operands in parts:
         part = _attend_columns(query, mask, scale, extents, low, high, operands)
@@ -117,9 +118,9 @@ def attend(
     return Dense(found.out.to(query.dtype), found.sums)
 
 
-def _stretches(low: int, high: int) -> Iterator[tuple[int, int]]:
-    for at in range(low, high, _STRETCH):
-        yield at, min(at + _STRETCH, high)
+def _stretches(low: int, high: int, step: int) -> Iterator[tuple[int, int]]:
+    for at in range(low, high, step):
+        yield at, min(at + step, high)
 
 
 def _attend_columns(

@@ -153,7 +153,7 @@ def test_what_torch_s_kernel_cannot_do(native):
 @pytest.mark.parametrize("at", [0, 300])
 def test_history(native, name, at, monkeypatch):
     """Stretches of a cache on both sides of the new tokens."""
-    monkeypatch.setattr(prompt, "_STRETCH", 250)
+    monkeypatch.setattr(prompt, "_STRETCH", 250 * MASKS[name].shape[0] * 2 * 2 * 16 * 4)  # 250 tokens
     mask = MASKS[name]
     queries = mask.shape[2] if mask.shape[2] > 1 else 1100
     query, key, value = operands(queries, mask.shape[3], batch=mask.shape[0])
