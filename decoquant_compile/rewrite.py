@@ -42,6 +42,7 @@ class Binding:
         device: where it is.
         outputs: positions among the graph's results that are to be a handle of the cache after the call; () for a cache
             that is written in place.
+        itself: positions among the graph's results that are the input itself.
         grows: the state is a growing one, and the cache a stretch of it.
         follows: its stretch is that of the binding before: they are keys and values of one attention.
         writes: whether the graph writes it at all.
@@ -53,6 +54,7 @@ class Binding:
     format: Format
     device: torch.device
     outputs: tuple[int, ...] = ()
+    itself: tuple[int, ...] = ()
     grows: bool = False
     follows: bool = False
     writes: bool = True
@@ -193,8 +195,8 @@ class _Rewriter:
             self.graph.erase_node(old)
         held = set(self.states)
         self.normal.mutations = [(value, target) for value, target in self.normal.mutations if target not in held]
-        returned = {write.cache for write, _ in bound if write.returned}
-        self.normal.outputs = tuple(None if x in returned else x for x in self.normal.outputs)
+        caches = {write.cache for write, _ in bound}
+        self.normal.outputs = tuple(None if x in caches else x for x in self.normal.outputs)
         for node in self.graph.find_nodes(op="call_function", target=aten.view.default):
             # A view was chosen for the strides of an operand that may be another now.
             node.target = aten.reshape.default
@@ -213,7 +215,8 @@ class _Rewriter:
 
     def _bind(self, write: CacheWrite, dims: Dims, format_: Format, *, follows: bool = False) -> None:
         index = None if write.born else self.normal.placeholders.index(write.buffer)
-        outputs = [i for i, x in enumerate(self.normal.outputs) if write.returned and x is write.value]
+        outputs = tuple(i for i, x in enumerate(self.normal.outputs) if write.returned and x is write.value)
+        itself = tuple(i for i, x in enumerate(self.normal.outputs) if not write.returned and x is write.cache)
         device = write.cache.meta["val"].device
         last = self.graph.find_nodes(op="placeholder")[-1]
         number = len(self.states)
@@ -226,7 +229,7 @@ class _Rewriter:
         source = "" if write.born else self.normal.source(write.buffer)
         grows = write.grows
         self.bindings.append(
-            Binding(index, source, dims, format_, device, tuple(outputs), grows, grows and follows, write.writes)
+            Binding(index, source, dims, format_, device, outputs, itself, grows, grows and follows, write.writes)
         )
 
     def _make_room(self, write: CacheWrite) -> None:

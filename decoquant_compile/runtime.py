@@ -137,11 +137,13 @@ class PackedGraph:
     patches: Mapping[str, Any]
     _dense: Callable[..., Sequence[Any]] | None = field(default=None, init=False)
     _in_place: tuple[int, ...] = field(init=False)  # the numbers of the bindings that are written in place
+    _returns_inputs: bool = field(init=False)  # whether some cache that is written in place is a result, too
     _number: int = field(init=False)  # of Dynamo's results
 
     def __post_init__(self) -> None:
         numbered = enumerate(self.bindings)
         self._in_place = tuple(i for i, binding in numbered if binding.writes and not binding.outputs)
+        self._returns_inputs = any(binding.itself for binding in self.bindings)
         returned: Any = self.original.graph.output_node().args[0]
         self._number = len(returned)
 
@@ -178,8 +180,8 @@ class PackedGraph:
             )
         else:
             results = self.fn(*kept, *buffers, *numbers)
-        if opened:
-            results = self._with_handles(results, opened)
+        if opened or self._returns_inputs:
+            results = self._with_handles(results, args, opened)
         return with_wholes(results, self.stacks, self._number) if self.stacks else results
 
     def _foreign(self, args: Sequence[Any]) -> list[int]:
@@ -236,9 +238,12 @@ class PackedGraph:
                 opened[i - 1], opened[i] = growth.levelled(opened[i - 1], opened[i])
         return opened
 
-    def _with_handles(self, results: Sequence[Any], opened: Mapping[int, Opened]) -> list[Any]:
+    def _with_handles(self, results: Sequence[Any], args: Sequence[Any], opened: Mapping[int, Opened]) -> list[Any]:
         """The results of a call, with handles in the places of the caches that it returns."""
         results = list(results)
+        for i, binding in enumerate(self.bindings):
+            for output in binding.itself:
+                results[output] = self._tensor(args, i)
         for i, held in opened.items():
             binding = self.bindings[i]
             if not binding.writes:

@@ -49,7 +49,7 @@ _JUMPING = {
 
 
 def attentions(
-    start: fx.Node, dim: int, readers: dict[fx.Node, fx.Node], value: fx.Node | None = None
+    start: fx.Node, dim: int, readers: dict[fx.Node, fx.Node], returned: Container[fx.Node] = ()
 ) -> set[tuple[fx.Node, Side]]:
     """The attentions whose keys or values stand along a dim, where nothing else uses its elements.
 
@@ -61,7 +61,7 @@ def attentions(
         start: the tensor.
         dim: which of its dims to follow.
         readers: the nodes at which attention weights are made or applied, each with the attention it belongs to.
-        value: what the graph may return: the tensor after its write.
+        returned: what the graph may return: the tensor after its write.
 
     Returns:
         Attentions, each with the operand that the dim indexes; none where another use was found.
@@ -81,7 +81,7 @@ def attentions(
                 todo.append((user, to, multiplied or user.target in _PAIRING))
             elif user in readers and _masks(node, dim, user):
                 continue
-            elif not (multiplied or _ignores(node, user) or (user.op == "output" and node is value)):
+            elif not (multiplied or _ignores(node, user) or (user.op == "output" and node in returned)):
                 return set()
     return found
 

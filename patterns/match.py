@@ -260,12 +260,10 @@ class _Matcher:
         mutating = {value for value, _ in self.mutations}
         reading: dict[fx.Node, list[tuple[RebuiltCache, set[flow.Side]]]] = {}
         for cache, write in self.writes.items():
-            # Where it is written in place, what is returned would have to be the handle, and the other way round.
-            elsewhere = mutating if write.returned else self.outputs
-            if cache in held or cache in elsewhere:
+            if cache in held or (write.returned and cache in mutating):  # a handle would have to be in two places
                 continue
             start = write.seen if write.born else write.buffer
-            reached = flow.attentions(start, write.slot_dim, self.readers, write.value)
+            reached = flow.attentions(start, write.slot_dim, self.readers, {write.value, write.cache})
             if not reached and not self._is_shown(write) and not flow.decides(start, self.readers):
                 reached = {(at[node], side) for node, side in self.sides.get(cache, ()) if node in escaped}
             dims = _dims(write)
@@ -322,7 +320,9 @@ class _Matcher:
     def _is_shown(self, write: CacheWrite) -> bool:
         """Whether the graph returns a cache besides as what it becomes: its elements, moved."""
         return any(
-            x is not write.value and peel(x, until={write.seen, write.buffer}).source in (write.seen, write.buffer)
+            x is not write.value
+            and x is not write.cache
+            and peel(x, until={write.seen, write.buffer}).source in (write.seen, write.buffer)
             for x in self.outputs
         )
 
@@ -459,8 +459,7 @@ class _Matcher:
             rewritten: nodes whose operands are not needed.
         """
         roots = [*self.outputs, *(value for value, buffer in self.mutations if buffer not in ours)]
-        roots = [n for n in roots if n not in ours or not self.writes[n].returned]
-        roots += self.impure
+        roots = [n for n in roots if n not in ours] + self.impure
         todo = [(n, n) for n in [*roots, *(n for n in kept if isinstance(n, fx.Node))]]
         visited: set[fx.Node] = set()
         while todo:
