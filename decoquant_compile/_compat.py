@@ -412,6 +412,11 @@ def hint_of(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
+def is_backed(condition: torch.SymBool) -> bool:
+    """Whether a condition on sizes was decided when the graph was traced, and not left to data."""
+    return bool(condition.node.has_hint())
+
+
 def carriers(graph: fx.Graph) -> dict[object, fx.Node]:
     """The inputs of a graph that carry symbols of sizes, by the symbol."""
     found: dict[object, fx.Node] = {}

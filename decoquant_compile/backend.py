@@ -20,7 +20,7 @@ from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import GrowingState
 from decoquant_compile.normalize import Normal, normalise, records_gradients, unsupported
 from decoquant_compile.options import Options
-from decoquant_compile.patterns import softmax
+from decoquant_compile.patterns import canonical, softmax
 from decoquant_compile.patterns.attention import computed_scales
 from decoquant_compile.patterns.cache import CacheWrite
 from decoquant_compile.patterns.match import Held, RebuiltSite, Site, match
@@ -160,6 +160,7 @@ def _search(
         What to rewrite; a row for each attention; the inputs that were taken apart although they must stay whole.
     """
     normal = normalise(flat, example_inputs)
+    canonical.fold(normal.graph)
     softmax.fold(normal.graph)
     traced = gm.graph.find_nodes(op="placeholder")
     _compat.make_constant(traced[normal.placeholders.index(node)] for node in computed_scales(normal.graph))

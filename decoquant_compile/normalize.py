@@ -190,8 +190,6 @@ def _settle(gm: fx.GraphModule, traced: fx.GraphModule, written: Sequence[int]) 
             source: Any = node.args[0]
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-    for node in list(graph.find_nodes(op="call_function", target=aten.unbind.int)):
-        _select_each(node)
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         _guard_lengths(node)
     for node in graph.nodes:
@@ -205,14 +203,6 @@ def _settle(gm: fx.GraphModule, traced: fx.GraphModule, written: Sequence[int]) 
         setattr(traced, name, constant)
     traced.recompile()
     return Normal(traced, gm, targets)
-
-
-def _select_each(unbind: fx.Node) -> None:
-    """Replace the results of an `unbind` by views of one part each."""
-    source, dim = unbind.args[0], unbind.args[1] if len(unbind.args) > 1 else 0
-    for item in list(unbind.users):
-        if item.target is operator.getitem:
-            item.target, item.args = aten.select.int, (source, dim, item.args[1])
 
 
 def _guard_lengths(attention: fx.Node) -> None:

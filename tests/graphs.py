@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from decoquant_compile.normalize import Normal, finish, normalise, unsupported
+from decoquant_compile.patterns import canonical
 from decoquant_compile.patterns.match import Site, match
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Recorder:
             self.refused.append(why)
             return gm.forward if self.compiler is None else self.compiler(gm, example_inputs)
         normal = normalise(gm, example_inputs)
+        canonical.fold(normal.graph)
         self.graphs.append(normal)
         self.results.append(match(normal))
         return gm.forward if self.compiler is None else self.compiler(finish(normal), example_inputs)

@@ -1,0 +1,98 @@
+"""One spelling for what can be spelled in several ways."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from decoquant_compile import _compat
+from decoquant_compile.patterns.symbols import argument, computed, dtype, known, shape, size_of
+
+aten = torch.ops.aten
+
+
+def fold(graph: fx.Graph) -> None:
+    """Bring a normalised graph to the spellings that the rules know; it is changed in place and does the same."""
+    for target, rule in _RULES.items():
+        for node in list(graph.find_nodes(op="call_function", target=target)):
+            rule(node)
+    graph.eliminate_dead_code()
+
+
+def _select_each(unbind: fx.Node) -> None:
+    """The results of an `unbind` are views of one part each."""
+    source, dim = argument(unbind, "self"), argument(unbind, "dim")
+    for item in list(unbind.users):
+        if item.target is operator.getitem:
+            item.target, item.args = aten.select.int, (source, dim, item.args[1])
+
+
+def _leave_out(conversion: fx.Node) -> None:
+    """A conversion to the dtype that its tensor has already is that tensor, but for one that is returned."""
+    source: Any = conversion.args[0]
+    if len(conversion.args) > 2 or conversion.kwargs or conversion.graph.output_node() in conversion.users:
+        return
+    if dtype(source) == dtype(conversion) and source.meta["val"].device == conversion.meta["val"].device:
+        conversion.replace_all_uses_with(source)
+        conversion.graph.erase_node(conversion)
+
+
+def _widen_indices(put: fx.Node) -> None:
+    """Indices have 64 bits; the operator takes 32 as well."""
+    indices = argument(put, "indices")
+    for index in {x: None for x in indices if isinstance(x, fx.Node) and dtype(x) == torch.int32}:
+        with put.graph.inserting_before(put):
+            put.replace_input_with(index, computed(put.graph, aten.to.dtype, index, torch.int64))
+
+
+def _scatter(cat: fx.Node) -> None:
+    """A tensor whose slots before and behind some new ones are put around these is one that they are written to."""
+    parts, dim = argument(cat, "tensors"), argument(cat, "dim") % len(shape(cat))
+    if len(parts) != 3:
+        return
+    before, new, behind = parts
+    if before.target is not aten.slice.Tensor or behind.target is not aten.slice.Tensor:
+        return
+    source = argument(before, "self")
+    ends = [(argument(x, "dim") % len(shape(cat)), argument(x, "step")) for x in (before, behind)]
+    if argument(behind, "self") is not source or ends != [(dim, 1), (dim, 1)] or dtype(new) != dtype(source):
+        return
+    start, stop = argument(before, "end"), argument(behind, "start")
+    size, length = shape(source)[dim], shape(before)[dim]
+    if (
+        argument(before, "start") in (None, 0)
+        and known(shape(cat)[dim] == size)
+        and start is not None
+        and stop is not None
+        and known(size_of(start) == length)
+        and known(size_of(stop) == length + shape(new)[dim])
+        and known(size_of(stop) + shape(behind)[dim] == size)
+    ):
+        with cat.graph.inserting_before(cat):
+            written = computed(cat.graph, aten.slice_scatter.default, source, new, dim, start, stop)
+        cat.replace_all_uses_with(written)
+        cat.graph.erase_node(cat)
+
+
+def _guard_slice(scatter: fx.Node) -> None:
+    """Guard what the operator demands or decides when it runs: on which side of zero it starts, and that sizes fit.
+
+    Where a tensor is indexed, Dynamo does.
+    """
+    start, dim = argument(scatter, "start"), argument(scatter, "dim") % len(shape(scatter))
+    sizes = enumerate(zip(shape(argument(scatter, "src")), shape(scatter), strict=True))
+    for condition in (size_of(start or 0) >= 0, *(mine == whole for d, (mine, whole) in sizes if d != dim)):
+        if isinstance(condition, torch.SymBool) and _compat.is_backed(condition):
+            bool(condition)  # asking adds the guard
+
+
+_RULES: dict[object, Callable[[fx.Node], None]] = {
+    aten.unbind.int: _select_each,
+    aten.type_as.default: _leave_out,
+    aten.to.dtype: _leave_out,
+    aten.index_put.default: _widen_indices,
+    aten.cat.default: _scatter,
+    aten.slice_scatter.default: _guard_slice,
+}

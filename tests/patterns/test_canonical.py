@@ -1,0 +1,72 @@
+"""Spellings that become one, and those that do not: the graph does the same before and after."""
+
+import operator
+
+import pytest
+import torch
+
+from tests.graphs import capture, interpret
+
+aten = torch.ops.aten
+X, NEW = torch.randn(2, 3, 10, 4), torch.randn(2, 3, 2, 4)
+
+
+def folded(function, *args):
+    """The graph of `function`, folded; what it computes is what `function` does."""
+    recorder, got = capture(function, *args, compiler=interpret)
+    assert torch.equal(got, function(*args))
+    return recorder.graphs[0].graph
+
+
+def targets(graph):
+    return [node.target for node in graph.nodes if node.op == "call_function"]
+
+
+def test_parts_are_selected():
+    graph = folded(lambda x: x.unbind(1)[1] + 1, X)
+    assert aten.unbind.int not in targets(graph)
+    assert operator.getitem not in targets(graph)
+
+
+@pytest.mark.parametrize("convert", [lambda x: x.type_as(x + 1), lambda x: x.to(torch.float32)])
+def test_a_conversion_of_nothing_goes(convert):
+    graph = folded(lambda x: convert(x) * 2, X)
+    assert not {aten.type_as.default, aten.to.dtype} & set(targets(graph))
+
+
+def test_a_conversion_stays():
+    graph = folded(lambda x: x.to(torch.bfloat16) * 2, X)
+    assert aten._to_copy.default in targets(graph)
+
+
+def test_indices_become_wide():
+    def put(x, new, at):
+        x = x.clone()
+        x[:, :, at] = new
+        return x
+
+    graph = folded(put, X, NEW, torch.tensor([3, 5], dtype=torch.int32))
+    (put,) = graph.find_nodes(op="call_function", target=aten.index_put.default)
+    assert put.args[1][2].meta["val"].dtype == torch.int64
+
+
+def test_slots_around_new_ones_are_a_write():
+    graph = folded(lambda x, new: torch.cat((x[:, :, :3], new, x[:, :, 5:]), 2), X, NEW)
+    assert targets(graph) == [aten.slice_scatter.default]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, new: torch.cat((x[:, :, :3], new, x[:, :, 6:]), 2),  # shorter
+        lambda x, new: torch.cat((x[:, :, :4], new, x[:, :, 5:]), 2),  # longer
+        lambda x, new: torch.cat((x[:, :, 1:4], new, x[:, :, 5:]), 2),  # of the right size, elsewhere
+        lambda x, new: torch.cat((x[:, :, :3], new, x[:, :, 4:-1]), 2),
+        lambda x, new: torch.cat((x[:, :, :3], new, x[:, :, :5]), 2),
+        lambda x, new: torch.cat((x[:, :, :3], new, (x + 1)[:, :, 5:]), 2),  # of two tensors
+        lambda x, new: torch.cat((x[:, :, :10:3], new, x[:, :, 6:]), 2),
+        lambda x, new: torch.cat((x[:, :, :3], new.double(), x[:, :, 5:]), 2),
+    ],
+)
+def test_others_are_not(function):
+    assert aten.cat.default in targets(folded(function, X, NEW))
