@@ -84,7 +84,23 @@ def run_dense(
             f"({report}); they are dense again. See report() or explain() for the reasons.",
             stacklevel=3,
         )
+    elif report.findings and (
+        lost := [root for root in transients.roots if any(_takes_the_place(x, root) for x in lifted)]
+    ):
+        warnings.warn(
+            f"decoquant_compile: {len(lost)} packed cache tensors were read by a graph that could not be rewritten "
+            f"({report}); what it returns in their places is dense. See report() or explain() for the reasons.",
+            stacklevel=3,
+        )
     return lifted
+
+
+def _takes_the_place(result: object, root: CacheTensor) -> bool:
+    """Whether a result looks like the cache with other tokens, or with more."""
+    if type(result) is not Tensor or result.dtype != root.dtype or result.dim() != root.dim():
+        return False
+    more = [a - b for a, b in zip(result.shape, root.shape, strict=True) if a != b]
+    return more == [] or (len(more) == 1 and more[0] > 0)
 
 
 @dataclass

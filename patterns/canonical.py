@@ -88,7 +88,7 @@ def _guard_slice(scatter: fx.Node) -> None:
             bool(condition)  # asking adds the guard
 
 
-_RULES: dict[object, Callable[[fx.Node], None]] = {
+_RULES: dict[Callable[..., Any], Callable[[fx.Node], None]] = {
     aten.unbind.int: _select_each,
     aten.type_as.default: _leave_out,
     aten.to.dtype: _leave_out,

@@ -8,7 +8,7 @@ from torch import Tensor
 import decoquant_compile
 from decoquant_compile import CacheTensor, backend, decoquant_backend, enable, explain, restore, runtime
 from decoquant_compile.kernels.format import Format
-from decoquant_compile.report import GraphReport, Report, Untouched
+from decoquant_compile.report import Finding, GraphReport, Report, Untouched
 from decoquant_compile.runtime import run_dense
 from decoquant_compile.takeover import Claim, take_over
 from tests.graphs import cached_arguments
@@ -180,6 +180,26 @@ def test_calls_over_views_count_for_the_cache():
     assert torch.equal(view, dense[1])
     assert torch.equal(result, dense[1] + 1)
     assert run_dense(lambda a: [a * 1], [view], [0], report)[0].equal(dense[1])
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_a_dense_copy_in_the_place_of_a_cache_is_told(tokens):
+    """It would be unquantised from then on, and nobody knew."""
+    packed_keys, dense = handle()
+    report = GraphReport("0/0", findings=[Finding("sdpa", "", "", "sdpa", "UNKNOWN_WRITE")])
+    more = torch.zeros(*SHAPE[:2], tokens, SHAPE[3])
+    with pytest.warns(
+        UserWarning, match=r"1 packed cache tensors .* could not be rewritten .* in their places is dense"
+    ):
+        (result,) = run_dense(lambda a: [torch.cat((a, more), 2)], [packed_keys], [0], report)
+    assert torch.equal(result[:, :, : SHAPE[2]], dense)
+
+
+@pytest.mark.parametrize("use", [lambda a: a[:, :, :3] * 2, lambda a: a.sum(2), lambda a: a, lambda a: a.double()])
+def test_other_results_are_not_told(use):
+    packed_keys, _ = handle()
+    report = GraphReport("0/0", findings=[Finding("sdpa", "", "", "sdpa", "UNKNOWN_WRITE")])
+    run_dense(lambda a: [use(a)], [packed_keys], [0], report)  # a warning would be an error
 
 
 # Caches that cannot be taken over
