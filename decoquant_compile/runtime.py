@@ -198,7 +198,7 @@ class PackedGraph:
             results = self.fn(*kept, *buffers, *numbers)
         if opened or self._returns_inputs:
             results = self._with_handles(results, args, opened)
-        return with_wholes(results, self.stacks, self._number) if self.stacks else results
+        return with_wholes(results, self.stacks, given, self._number) if self.stacks else results
 
     def _foreign(self, args: Sequence[Any]) -> list[int]:
         """The numbers of the bindings whose caches are not held in the right way yet, with all that share a tensor."""

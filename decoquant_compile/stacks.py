@@ -25,6 +25,7 @@ class Stack:
         outputs: positions, among Dynamo's results, of the tensor that holds them after the call; () for one that is
             written in place.
         first_output: position of the first cache among the results of the graph by now, where it is returned.
+        itself: positions, among Dynamo's results, of the input itself.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Stack:
     stacking: Stacking
     outputs: tuple[int, ...] = ()
     first_output: int = 0
+    itself: tuple[int, ...] = ()
 
     @property
     def positions(self) -> range:
@@ -57,11 +59,17 @@ def unstack(normal: Normal, whole: Collection[int] = ()) -> tuple[Stack, ...]:
     """
     inputs, given = normal.placeholders, normal.outputs
     numbers = {node: i for i, node in enumerate(inputs) if i not in whole}
-    found: list[tuple[int, _Apart, tuple[int, ...]]] = []
+    found: list[tuple[int, _Apart, tuple[int, ...], tuple[int, ...]]] = []
     for value, buffer in normal.mutations:
-        if buffer in numbers and value not in given and buffer not in given:
+        if buffer in numbers and value not in given:
+            before = normal.outputs
+            normal.outputs = tuple(None if x is buffer else x for x in before)
             apart = _taken_apart(normal, _Unit(buffer, value))
-            found += [] if apart is None else [(numbers[buffer], apart, ())]
+            if apart is None:
+                normal.outputs = before
+            else:
+                itself = tuple(i for i, x in enumerate(before) if x is buffer)
+                found.append((numbers[buffer], apart, (), itself))
     written = {node for pair in normal.mutations for node in pair}
     results = [x for x in dict.fromkeys(given) if isinstance(x, fx.Node) and x.op != "placeholder" and x not in written]
     kept = written | {inputs[i] for i in whole}
@@ -72,11 +80,11 @@ def unstack(normal: Normal, whole: Collection[int] = ()) -> tuple[Stack, ...]:
         if source is not None and source[0] in numbers.keys() - written and continued[source[0]] == 1:
             places = tuple(i for i, x in enumerate(normal.outputs) if x is output)
             apart = _taken_apart(normal, _Unit(source[0], output, returned=True))
-            found += [] if apart is None else [(numbers[source[0]], apart, places)]
+            found += [] if apart is None else [(numbers[source[0]], apart, places, ())]
     inputs = normal.placeholders
     return tuple(
-        Stack(index, inputs.index(apart.units[0].buffer), apart.stacking, places, apart.first_output)
-        for index, apart, places in found
+        Stack(index, inputs.index(apart.units[0].buffer), apart.stacking, places, apart.first_output, itself)
+        for index, apart, places, itself in found
     )
 
 
@@ -99,14 +107,16 @@ def with_parts(args: Sequence[Any], stacks: Sequence[Stack]) -> Sequence[Any]:
     return [*args, *parts]
 
 
-def with_wholes(results: Sequence[Any], stacks: Sequence[Stack], number: int) -> Sequence[Any]:
-    """Dynamo's results, so many, from those of a graph that was taken apart."""
+def with_wholes(results: Sequence[Any], stacks: Sequence[Stack], args: Sequence[Any], number: int) -> Sequence[Any]:
+    """Dynamo's results, so many, from those of a graph that was taken apart, and its inputs."""
     wholes = list(results[:number])
     for stack in stacks:
         if stack.outputs:
             handle = stack_of(Parts(stack.stacking, tuple(results[i] for i in stack.results)))
             for output in stack.outputs:
                 wholes[output] = handle
+        for output in stack.itself:
+            wholes[output] = args[stack.index]
     return wholes
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Reason(enum.Enum):
     """One reason not to rewrite; the value is its text for people."""
 
-    NO_CACHE = "keys and values are computed in this call; there is no cache"
+    NO_CACHE = "keys and values are computed in this call; there is no cache, or none yet"
     READ_ONLY_CACHE = "the graph reads keys and values that it does not write (cross-attention, or a write elsewhere)"
     ONLY_ONE_CACHED = "of keys and values, only one is cached"
     CACHE_BORN_INSIDE = "the cache is created in this graph, with values that nobody wrote"

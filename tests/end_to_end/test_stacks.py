@@ -520,6 +520,27 @@ def test_a_tensor_that_is_returned_as_well(result):
         torch.testing.assert_close(cache + 0, dense)
 
 
+@pytest.mark.parametrize("write", STACKED)
+@torch.no_grad()
+def test_a_tensor_that_is_returned_itself(write):
+    class Returning(Layers):
+        def forward(self, tokens, start):
+            return super().forward(tokens, start), self.caches[0], self.caches[-1]
+
+    model, twin = (Returning(write, *WRITES[write]) for _ in range(2))
+    given = model.caches
+    with packing(bits=16, **SMALL):
+        compiled = torch.compile(model)
+        for call in calls([9, 1, 1, 1]):
+            (got, *held), (expected, *dense) = compiled(*call), twin(*call)
+            assert distance(got, expected) < noise(16)
+            assert held[0] is given[0]
+            assert held[1] is given[-1]
+            assert_packed(held)
+            for mine, theirs in zip(held, dense, strict=True):
+                torch.testing.assert_close(mine + 0, theirs)
+
+
 @torch.no_grad()
 def test_index_select_of_a_dim_that_is_none():
     model = Layers(layer_first, *WRITES[layer_first])
