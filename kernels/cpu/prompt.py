@@ -159,7 +159,10 @@ def _attend_columns(
             out[:, :, block.queries], sums[:, :, block.queries] = of_block, its_sums
     if not bool((sums.abs() < _LARGEST_SUM).all()):  # nan as well
         return None
-    return Dense(out, sums if admitted is None else sums.masked_fill(~admitted, -math.inf))
+    if admitted is not None and not admitted.all():
+        out = out.masked_fill(~admitted[..., None], 0.0)  # a value that is masked may be nan
+        sums = sums.masked_fill(~admitted, -math.inf)
+    return Dense(out, sums)
 
 
 def _merge(one: Dense, other: Dense) -> Dense:

@@ -135,6 +135,17 @@ def test_a_sink_takes_its_share_in_each_block(native):
     torch.testing.assert_close(got.sums.double(), whole, atol=1e-5, rtol=1e-5)
 
 
+def test_queries_that_nothing_is_admitted_to_get_zeros_whatever_is_masked(native):
+    query, key, value = operands(40, 40)
+    mask = causal(40)
+    mask[..., :3, :] = False
+    value[:, :, 20] = math.nan
+    for sink in (None, torch.zeros(4)):
+        got = attend(native, query, key, value, mask, sink)
+        assert not got.out[:, :, :3].any()
+        assert (got.sums[:, :, :3] == (-math.inf if sink is None else 0.0)).all()
+
+
 def test_what_torch_s_kernel_cannot_do(native):
     query, key, value = operands(20, 20)
     mask = causal(20)
