@@ -268,7 +268,14 @@ class _Interpreter(fx.Interpreter):
     """Runs a graph of Dynamo's under a tracer that puts off what it computes of sizes.
 
     What the graph itself computes is not put off: sums of sums could be nested as deep as the graph is long.
+
+    `type_as` that has nothing to convert is its tensor, which functionalisation takes for a copy.
     """
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target == "type_as" and args[0].dtype == args[1].dtype and args[0].device == args[1].device:
+            return args[0]
+        return super().call_method(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         if not isinstance(n.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool):

@@ -490,12 +490,19 @@ class _Rewriter:
         """Slots of a state, and the first one of the cache before the call."""
         return self.rooms[write.cache] if write.grows else (self._size(write.cache, dims[2]), 0)
 
+    def _wrapped(self, positions: fx.Node, slots: Int) -> fx.Node:
+        """Slots of an index, whose negative numbers count from the end; those outside are for `store` to refuse."""
+        call = self.graph.call_function
+        from_end = call(aten.add.Scalar, (positions, slots))
+        wrapped = call(aten.where.self, (call(aten.lt.Scalar, (positions, 0)), from_end, positions))
+        return call(aten.where.ScalarSelf, (call(aten.lt.Scalar, (from_end, 0)), slots, wrapped))
+
     def _placing(self, write: CacheWrite, tokens: Int, slots: Int, first: Int, like: fx.Node) -> tuple[fx.Node, Int]:
         """Slots that the new tokens take, after the cache has moved left by the second value."""
         if write.positions is not None:
             positions = write.positions
             if write.wraps:
-                positions = self.graph.call_function(aten.remainder.Scalar, (positions, slots))
+                positions = self._wrapped(positions, slots)
             return positions, 0
         if write.start is not None:
             return self._arange(write.start, tokens, like), 0

@@ -184,7 +184,12 @@ def ingest(dense: Tensor, state: CacheState, length: int | None, mask: tuple[Ten
 
 def _is_blank(tensor: Tensor) -> bool:
     """Whether a tensor is quickly seen to be all zeros; another one may be, too."""
-    if not tensor.is_contiguous() or tensor.nbytes % torch.int64.itemsize or tensor.storage_offset():
+    if (
+        not tensor.numel()
+        or not tensor.is_contiguous()
+        or tensor.nbytes % torch.int64.itemsize
+        or tensor.storage_offset()
+    ):
         return False
     words = tensor.view(-1).view(torch.int64)
     return not bool(words.amax()) and not bool(words.amin())

@@ -42,9 +42,11 @@ def _leave_out(conversion: fx.Node) -> None:
 def _widen_indices(put: fx.Node) -> None:
     """Indices have 64 bits; the operator takes 32 as well."""
     indices = argument(put, "indices")
-    for index in {x: None for x in indices if isinstance(x, fx.Node) and dtype(x) == torch.int32}:
-        with put.graph.inserting_before(put):
-            put.replace_input_with(index, computed(put.graph, aten.to.dtype, index, torch.int64))
+    short = {x for x in indices if isinstance(x, fx.Node) and dtype(x) == torch.int32}
+    with put.graph.inserting_before(put):
+        wide = {x: computed(put.graph, aten.to.dtype, x, torch.int64) for x in short}
+    if wide:
+        put.update_arg(1, [wide.get(x, x) for x in indices])
 
 
 def _scatter(cat: fx.Node) -> None:
@@ -53,9 +55,13 @@ def _scatter(cat: fx.Node) -> None:
     if len(parts) != 3:
         return
     before, new, behind = parts
+    if len({len(shape(x)) for x in (cat, *parts)}) > 1:  # `cat` leaves out an empty tensor of one dim
+        return
     if before.target is not aten.slice.Tensor or behind.target is not aten.slice.Tensor:
         return
     source = argument(before, "self")
+    if source.op != "placeholder" or not source.meta["val"].is_contiguous():  # the result has the strides of `source`
+        return
     ends = [(argument(x, "dim") % len(shape(cat)), argument(x, "step")) for x in (before, behind)]
     if argument(behind, "self") is not source or ends != [(dim, 1), (dim, 1)] or dtype(new) != dtype(source):
         return

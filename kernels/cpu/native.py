@@ -336,15 +336,17 @@ class Kernels:
             factor = query.shape[3] ** -0.5 if scale is None else scale
             many = query.shape[2] * query.shape[1] // heads >= _MANY and self.level == "amx" and first >= 0
             brief = all(x.dtype is torch.bfloat16 for x in (query, key_form, value_form))
+            # The least number, added, hides a stretch without making its sum mergeable.
+            hides = mask is None or mask.dtype is torch.bool
 
-            def read(low: int, high: int) -> tuple[Tensor, Tensor]:
+            def history(low: int, high: int) -> tuple[Tensor, Tensor]:
                 where = batch, heads, slots, first + low, high - low
-                sides = (key_state, key_form), (value_state, value_form)
-                return tuple(self.dequantise_stretch(state, *where, form.key()) for state, form in sides)  # type: ignore[return-value]
+                key_side = self.dequantise_stretch(key_state, *where, key_form.key())
+                return key_side, self.dequantise_stretch(value_state, *where, value_form.key())
 
-            history = read if many and brief else None
-            dense = prompt.attend(*rows, at, bias, factor, first, length, drain, self.extents, history)
-            if dense and history:
+            read = history if many and brief and hides else None
+            dense = prompt.attend(*rows, at, bias, factor, first, length, drain, self.extents, read)
+            if dense and read:
                 return dense.out
         out = rows[0].new_empty((*query.shape[:3], value_form.head_dim))
         status = self._attend(

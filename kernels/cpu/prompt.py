@@ -147,14 +147,14 @@ def _attend_columns(
             blocks = [blocks[0]._replace(mask=part)]
     if not blocks:
         sums = query.new_full(query.shape[:3], -math.inf, dtype=torch.float32)
-        return Dense(torch.zeros_like(query), sums)
+        return Dense(query.new_zeros(query.shape), sums)
     start = min(block.columns.start for block in blocks)
     key, value = operands(low + start, low + max(block.columns.stop for block in blocks))
     found = [_attend_block(query, key, value, block, start, scale) for block in blocks]
     if blocks[0].queries == slice(0, queries):
         out, sums = (x.contiguous() for x in found[0])
     else:
-        out, sums = torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=torch.float32)
+        out, sums = query.new_zeros(query.shape), query.new_zeros(query.shape[:3], dtype=torch.float32)
         for block, (of_block, its_sums) in zip(blocks, found, strict=True):
             out[:, :, block.queries], sums[:, :, block.queries] = of_block, its_sums
     if not bool((sums.abs() < _LARGEST_SUM).all()):  # nan as well
@@ -167,8 +167,8 @@ def _attend_columns(
 
 def _merge(one: Dense, other: Dense) -> Dense:
     """Attention to the tokens of both, in float32."""
-    share = (other.sums - one.sums).sigmoid().nan_to_num(0.0)  # nan: nothing is admitted in either
-    out = torch.lerp(one.out.float(), other.out.float(), share[..., None])
+    more = (other.sums - one.sums).nan_to_num(0.0)[..., None]  # nan: nothing is admitted in either
+    out = one.out * (-more).sigmoid() + other.out * more.sigmoid()
     return Dense(out, torch.logaddexp(one.sums, other.sums))
 
 

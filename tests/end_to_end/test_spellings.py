@@ -121,3 +121,27 @@ def test_at_few_bits(model):
             expected, twin = model(*call, twin)
             got, cache = compiled(*call, cache)
             assert (got - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize("at", [SLOTS, -SLOTS - 1, 3 * SLOTS])
+@torch.no_grad()
+def test_an_index_outside_of_the_cache_is_refused(at):
+    """It must not wrap around to another slot."""
+
+    def put(x, positions, mask, cache):
+        q, *new = project(x)
+        for c, n in zip(cache, new, strict=True):
+            c[:, :, positions] = n
+        return attention(q, *cache, mask)
+
+    cache = fresh(put)
+    compiled = torch.compile(put, backend="decoquant", options={"bits": 16})
+    torch.compiler.reset()
+    for x, first, mask in calls([1, 1], 0):
+        compiled(x, torch.tensor([first]), mask, cache)
+    compiled(x, torch.tensor([-1]), mask, cache)
+    assert cache[0][:, :, -1].any()
+    held = cache[0].dense()
+    with pytest.raises(IndexError, match="outside the cache"):
+        compiled(x, torch.tensor([at]), mask, cache)
+    assert torch.equal(cache[0].dense(), held)

@@ -70,3 +70,31 @@ def test_slots_around_new_ones_are_a_write():
 )
 def test_others_are_not(function):
     assert aten.cat.default in targets(folded(function, X, NEW))
+
+
+def test_only_indices_become_wide():
+    """Not the same tensor where it is what is written to."""
+    at = torch.tensor([1, 0, 2], dtype=torch.int32)
+    folded(lambda at: at.index_put((at,), at + 1), at)
+
+
+def test_strides_stay():
+    """The result of `cat` is contiguous, whatever its parts are; a write has the strides of its tensor."""
+    turned = X.transpose(1, 2).contiguous().transpose(1, 2)
+    graph = folded(lambda x, new: torch.cat((x[:, :, :3], new, x[:, :, 5:]), 2), turned, NEW)
+    assert aten.cat.default in targets(graph)
+
+
+def test_an_empty_tensor_of_one_dim():
+    folded(lambda x, new: torch.cat((x[:, :, :3], new, x[:, :, 3:]), 2), X, torch.zeros(0))
+
+
+@pytest.mark.parametrize("convert", [lambda x: x.type_as(x + 1), lambda x: x.to(torch.float32)])
+def test_a_conversion_of_nothing_is_an_alias(convert):
+    def write_to_the_source(x):
+        z = x * 2
+        y = convert(z)
+        z.add_(1)
+        return y + 0
+
+    folded(write_to_the_source, X)

@@ -95,6 +95,7 @@ def test_equals_masked_attention(native, name, dtype):
     mask = MASKS[name]
     queries = mask.shape[2] if mask.shape[2] > 1 else 1100
     query, key, value = operands(queries, mask.shape[3], batch=mask.shape[0], dtype=dtype)
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)  # heads of a token side by side, as projections are
     got = attend(native, query, key, value, mask)
     out, sums = expected(query, key, value, mask)
     assert got.out.dtype == dtype
@@ -146,6 +147,13 @@ def test_queries_that_nothing_is_admitted_to_get_zeros_whatever_is_masked(native
         assert (got.sums[:, :, :3] == (-math.inf if sink is None else 0.0)).all()
 
 
+def test_an_infinite_value_is_no_nan_beside_a_sink(native):
+    query, key, value = operands(40, 40)
+    value[:, :, 5, 3] = math.inf
+    got = attend(native, query, key, value, causal(40), torch.zeros(4))
+    assert (got.out[:, :, 5:, 3] == math.inf).all()
+
+
 def test_what_torch_s_kernel_cannot_do(native):
     query, key, value = operands(20, 20)
     mask = causal(20)
@@ -168,6 +176,7 @@ def test_history(native, name, at, monkeypatch):
     mask = MASKS[name]
     queries = mask.shape[2] if mask.shape[2] > 1 else 1100
     query, key, value = operands(queries, mask.shape[3], batch=mask.shape[0])
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
     new = slice(at, at + 200)
     held = [x.clone() for x in (key, value)]
     for x in held:
@@ -182,6 +191,7 @@ def test_history(native, name, at, monkeypatch):
     of_new = key[:, :, new], value[:, :, new]
     got = prompt.attend(query, *of_new, positions, mask, 0.25, 0, length, None, native.extents, read)
     out, sums = expected(query, key, value, mask)
+    assert got.out.is_contiguous()
     torch.testing.assert_close(got.out.double(), out, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got.sums.double(), sums, atol=1e-5, rtol=1e-5)
     assert all(high - low <= 250 for low, high in asked)
