@@ -69,7 +69,7 @@ def test_many_tokens(target):
 @pytest.mark.parametrize("bits", codec.CODED_BITS)
 @pytest.mark.parametrize("role", ["key", "value"])
 def test_everything_is_built(target, role, bits, head_dim):
-    """With the two planes of 5 bits some pointers do not fit in, and go out and back once in a write of one token."""
+    """Writes of one token in 5 bits, which have two planes, may spill a few registers."""
     for tokens in (1, 64):
         names, found = launches(target, role, bits, head_dim, tokens)
         most = dict.fromkeys(ONE, 32) if bits == 5 and tokens == 1 and target != "gfx942" else {}
