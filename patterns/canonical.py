@@ -29,16 +29,6 @@ def _select_each(unbind: fx.Node) -> None:
             item.target, item.args = aten.select.int, (source, dim, item.args[1])
 
 
-def _leave_out(conversion: fx.Node) -> None:
-    """A conversion to the dtype that its tensor has already is that tensor, but for one that is returned."""
-    source: Any = conversion.args[0]
-    if len(conversion.args) > 2 or conversion.kwargs or conversion.graph.output_node() in conversion.users:
-        return
-    if dtype(source) == dtype(conversion) and source.meta["val"].device == conversion.meta["val"].device:
-        conversion.replace_all_uses_with(source)
-        conversion.graph.erase_node(conversion)
-
-
 def _widen_indices(put: fx.Node) -> None:
     """Indices have 64 bits; the operator takes 32 as well."""
     indices = argument(put, "indices")
@@ -96,8 +86,6 @@ def _guard_slice(scatter: fx.Node) -> None:
 
 _RULES: dict[Callable[..., Any], Callable[[fx.Node], None]] = {
     aten.unbind.int: _select_each,
-    aten.type_as.default: _leave_out,
-    aten.to.dtype: _leave_out,
     aten.index_put.default: _widen_indices,
     aten.cat.default: _scatter,
     aten.slice_scatter.default: _guard_slice,
