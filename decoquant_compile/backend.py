@@ -20,7 +20,7 @@ from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import GrowingState
 from decoquant_compile.normalize import Normal, normalise, records_gradients, unsupported
 from decoquant_compile.options import Options
-from decoquant_compile.patterns import canonical, softmax
+from decoquant_compile.patterns import births, canonical, softmax
 from decoquant_compile.patterns.attention import computed_scales
 from decoquant_compile.patterns.cache import CacheWrite
 from decoquant_compile.patterns.match import Held, RebuiltSite, Site, match
@@ -154,20 +154,22 @@ def _search(
         flat: the same without `vmap`.
         example_inputs: its inputs.
         options: checked.
-        whole: positions of inputs that are not to be taken apart.
+        whole: places of tensors that are not to be taken apart.
 
     Returns:
-        What to rewrite; a row for each attention; the inputs that were taken apart although they must stay whole.
+        What to rewrite; a row for each attention; the places of those taken apart that must stay whole.
     """
     normal = normalise(flat, example_inputs)
     canonical.fold(normal.graph)
     softmax.fold(normal.graph)
     traced = gm.graph.find_nodes(op="placeholder")
     _compat.make_constant(traced[normal.placeholders.index(node)] for node in computed_scales(normal.graph))
-    stacks = unstack(normal, whole)
+    held = [node for node, x in zip(normal.placeholders, example_inputs, strict=True) if isinstance(x, CacheTensor)]
+    begun = births.begin(normal.graph, normal.outputs, [value for value, _ in normal.mutations], held)
+    stacks = unstack(normal, begun, whole)
     inputs, placeholders = with_parts(example_inputs, stacks), normal.placeholders
     tensor_of = {
-        cache: placeholders[stack.index]
+        cache: stack.place
         for stack in stacks
         for cache in (*(placeholders[i] for i in stack.positions), *(normal.outputs[i] for i in stack.results))
     }
@@ -175,7 +177,9 @@ def _search(
     formats = _formats([r for r in results if not isinstance(r, Reject)], normal, inputs, options)
     findings: list[Finding] = []
     planned: dict[int, Plan] = {}  # by the number of the finding
-    limited: set[fx.Node] = set()  # the tensors that are packed by now
+    limited: set[fx.Node | int] = (
+        set()
+    )  # the tensors that are packed by now, and the places of those with several caches
     for result in results:
         finding, plan = _decide(result, normal, formats, options, limited, tensor_of)
         if plan is not None:
@@ -183,22 +187,23 @@ def _search(
             limited.add(tensor_of.get(first, first))
             planned[len(findings)] = plan
         findings.append(finding)
-    left: set[fx.Node] = set()
+    left: set[int] = set()
     while more := _incomplete(tensor_of, planned.values()) - left:
         left |= more
         for number, plan in list(planned.items()):
             if shared := [t for _, write, _ in _caches(plan) if (t := tensor_of.get(write.cache)) in left]:
-                why = f"in {normal.source(shared[0])}"
+                why = f"in {normal.source(placeholders[shared[0]])}" if shared[0] >= 0 else f"in result {~shared[0]}"
                 findings[number] = replace(findings[number], outcome=Reason.SHARED_TENSOR.name, detail=why)
                 del planned[number]
+    births.undo(begun, {write.cache for plan in planned.values() for _, write, _ in _caches(plan)})
     found = Found(normal, list(planned.values()), formats, stacks, inputs)
-    return found, findings, {placeholders.index(node) for node in left}
+    return found, findings, left
 
 
-def _incomplete(tensor_of: Mapping[fx.Node, fx.Node], plans: Collection[Plan]) -> set[fx.Node]:
-    """The inputs that hold caches of which not all are planned for."""
+def _incomplete(tensor_of: Mapping[fx.Node, int], plans: Collection[Plan]) -> set[int]:
+    """The places of tensors that hold caches of which not all are planned for."""
     planned = {node for plan in plans for _, write, _ in _caches(plan) for node in (write.cache, write.buffer)}
-    return {tensor for cache, tensor in tensor_of.items() if cache not in planned}
+    return {place for cache, place in tensor_of.items() if cache not in planned}
 
 
 def _held(normal: Normal, example_inputs: Sequence[Any]) -> dict[fx.Node, Held]:
@@ -225,8 +230,8 @@ def _decide(
     normal: Normal,
     formats: Mapping[fx.Node, Format],
     options: Options,
-    packed: Collection[fx.Node],
-    tensor_of: Mapping[fx.Node, fx.Node],
+    packed: Collection[fx.Node | int],
+    tensor_of: Mapping[fx.Node, int],
 ) -> tuple[Finding, Plan | None]:
     """What becomes of an attention.
 
@@ -235,8 +240,8 @@ def _decide(
         normal: the graph.
         formats: of all caches.
         options: checked.
-        packed: the tensors of the first caches of the attentions before that are rewritten.
-        tensor_of: the input that holds a cache, where it holds others, too.
+        packed: the tensors of the first caches of the attentions before that are rewritten, by place if they hold more.
+        tensor_of: the place of the tensor that holds a cache, where it holds others, too.
     """
     if isinstance(result, Reject):
         return Finding.of(result, ""), None

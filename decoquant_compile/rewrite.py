@@ -202,7 +202,7 @@ class _Rewriter:
             node.target = aten.reshape.default
         gm = finish(self.normal)
         gone = {inputs[b.index] for b in self.bindings if b.index is not None} | {
-            inputs[i] for s in self.stacks for i in (s.index, *s.positions)
+            inputs[i] for s in self.stacks if s.index is not None for i in (s.index, *s.positions)
         }
         for node in gm.graph.find_nodes(op="placeholder"):
             if not node.users and node in gone:
@@ -299,7 +299,8 @@ class _Rewriter:
             key_slots, first = self._place(site.key, site)
             value_slots, _ = self._place(site.value, site)
             mask = self._mask(site, length)
-            stored, shift = self._placing(site.key, tokens, key_slots, first, key)
+            _, shown = self._room(site.key, site.dims)
+            stored, shift = self._placing(site.key, tokens, key_slots, shown, key)
             column = self._column(site, self._sub(key_slots, tokens), shift)
             real = None if column is None else mask
 
@@ -497,8 +498,16 @@ class _Rewriter:
         wrapped = call(aten.where.self, (call(aten.lt.Scalar, (positions, 0)), from_end, positions))
         return call(aten.where.ScalarSelf, (call(aten.lt.Scalar, (from_end, 0)), slots, wrapped))
 
-    def _placing(self, write: CacheWrite, tokens: Int, slots: Int, first: Int, like: fx.Node) -> tuple[fx.Node, Int]:
-        """Slots that the new tokens take, after the cache has moved left by the second value."""
+    def _placing(self, write: CacheWrite, tokens: Int, slots: Int, shown: Int, like: fx.Node) -> tuple[fx.Node, Int]:
+        """Slots that the new tokens take, after the cache has moved left by the second value.
+
+        Args:
+            write: where they go.
+            tokens: how many.
+            slots: of the state.
+            shown: the slot that was the cache's first before the call.
+            like: a tensor on the device.
+        """
         if write.positions is not None:
             positions = write.positions
             if write.wraps:
@@ -510,7 +519,7 @@ class _Rewriter:
             return self._arange(0, 0, like), 0
         assert write.kept is not None
         if write.form == "cat":
-            return self._arange(self._add(first, write.kept), tokens, like), 0
+            return self._arange(self._add(shown, write.kept), tokens, like), 0
         return self._arange(self._sub(slots, tokens), tokens, like), self._sub(self._add(write.kept, tokens), slots)
 
     def _column(self, site: Site, tail: Int, shift: Int) -> Int | None:

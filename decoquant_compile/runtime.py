@@ -213,7 +213,7 @@ class PackedGraph:
         """What is to be taken over for a binding."""
         assert binding.index is not None
         for stack in self.stacks:
-            if binding.index in stack.positions:
+            if stack.index is not None and binding.index in stack.positions:
                 part = binding.index - stack.first
                 return Claim(args[stack.index], binding.dims, binding.format, stack.stacking, part)
         return Claim(args[binding.index], binding.dims, binding.format)

@@ -1,7 +1,7 @@
-"""Inputs that hold many caches, as one tensor for all layers: the graph gets each of these as an input of its own."""
+"""Tensors that hold many caches, as those of all layers: the graph gets, and returns, each of these on its own."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,16 @@ from decoquant_compile import _compat
 from decoquant_compile.dims import Stacking
 from decoquant_compile.handle import Parts, Transients, parts_of, stack_of
 from decoquant_compile.normalize import Normal
-from decoquant_compile.patterns.stacks import Split, distribute, gathered, split
+from decoquant_compile.patterns.stacks import Split, distribute, gathered, parts_taken, split, stacked
+from decoquant_compile.patterns.symbols import argument, shape
 
 
 @dataclass(frozen=True)
 class Stack:
-    """One input that was taken apart.
+    """One tensor that was taken apart.
 
     Attributes:
-        index: its position among Dynamo's inputs.
+        index: its position among Dynamo's inputs; None: the graph makes it.
         first: position of its first cache among the inputs of the graph by now; the others follow.
         stacking: where the caches stand in it.
         outputs: positions, among Dynamo's results, of the tensor that holds them after the call; () for one that is
@@ -28,7 +29,7 @@ class Stack:
         itself: positions, among Dynamo's results, of the input itself.
     """
 
-    index: int
+    index: int | None
     first: int
     stacking: Stacking
     outputs: tuple[int, ...] = ()
@@ -38,7 +39,12 @@ class Stack:
     @property
     def positions(self) -> range:
         """Positions of its caches among the inputs of the graph."""
-        return range(self.first, self.first + self.stacking.number)
+        return range(0) if self.index is None else range(self.first, self.first + self.stacking.number)
+
+    @property
+    def place(self) -> int:
+        """Which tensor it is: its position among the inputs, or, where the graph makes it, ~position of the result."""
+        return ~self.outputs[0] if self.index is None else self.index
 
     @property
     def results(self) -> range:
@@ -46,13 +52,14 @@ class Stack:
         return range(self.first_output, self.first_output + self.stacking.number) if self.outputs else range(0)
 
 
-def unstack(normal: Normal, whole: Collection[int] = ()) -> tuple[Stack, ...]:
+def unstack(normal: Normal, born: Container[fx.Node] = (), whole: Collection[int] = ()) -> tuple[Stack, ...]:
     """Take apart every input that the graph writes, or makes anew, part by part along one dim or several.
 
     Args:
         normal: the graph; it is changed in place. Inputs that stand for single caches come behind those it has, and
             so do its results; an input that is taken apart stays, without users, a result becomes None.
-        whole: positions of inputs to leave as they are.
+        born: caches that the graph makes; results that are stacks of these are taken apart, too.
+        whole: which tensors to leave as they are, by their `Stack.place`.
 
     Returns:
         What was taken apart.
@@ -72,7 +79,7 @@ def unstack(normal: Normal, whole: Collection[int] = ()) -> tuple[Stack, ...]:
                 found.append((numbers[buffer], apart, (), itself))
     written = {node for pair in normal.mutations for node in pair}
     results = [x for x in dict.fromkeys(given) if isinstance(x, fx.Node) and x.op != "placeholder" and x not in written]
-    kept = written | {inputs[i] for i in whole}
+    kept = written | {inputs[i] for i in whole if i >= 0}
     distributed = [x if kept.intersection(x.all_input_nodes) else distribute(x) for x in results]
     sources = {x: gathered(x) for x in distributed}
     continued = Counter(source[0] for source in sources.values() if source is not None)
@@ -81,8 +88,10 @@ def unstack(normal: Normal, whole: Collection[int] = ()) -> tuple[Stack, ...]:
             places = tuple(i for i, x in enumerate(normal.outputs) if x is output)
             apart = _taken_apart(normal, _Unit(source[0], output, returned=True))
             found += [] if apart is None else [(numbers[source[0]], apart, places, ())]
+    made = [x for x in results if ~given.index(x) not in whole and all(part in born for part in stacked(x))]
+    stacks = [stack for x in made if (stack := _made_apart(normal, x)) is not None]
     inputs = normal.placeholders
-    return tuple(
+    return tuple(stacks) + tuple(
         Stack(index, inputs.index(apart.units[0].buffer), apart.stacking, places, apart.first_output, itself)
         for index, apart, places, itself in found
     )
@@ -98,6 +107,8 @@ def with_parts(args: Sequence[Any], stacks: Sequence[Stack]) -> Sequence[Any]:
         return args
     parts: list[Any] = []
     for stack in stacks:
+        if stack.index is None:
+            continue
         tensor, stacking = args[stack.index], stack.stacking
         held: Sequence[Any] | None = parts_of(tensor, stacking)
         if held is None:
@@ -116,6 +127,7 @@ def with_wholes(results: Sequence[Any], stacks: Sequence[Stack], args: Sequence[
             for output in stack.outputs:
                 wholes[output] = handle
         for output in stack.itself:
+            assert stack.index is not None  # only an input is returned as itself
             wholes[output] = args[stack.index]
     return wholes
 
@@ -163,6 +175,20 @@ def _taken_apart(normal: Normal, unit: _Unit) -> _Apart | None:
             normal.graph.erase_node(u.buffer)
         units = parts
     return _Apart(units, Stacking(tuple(axes), tuple(counts)), first) if axes else None
+
+
+def _made_apart(normal: Normal, output: fx.Node) -> Stack | None:
+    """Return the parts of a stack that the graph makes in its place; None if it is used otherwise."""
+    axis, parts = argument(output, "dim") % len(shape(output)), stacked(output)
+    taken = parts_taken(output, axis, len(parts), is_result=True)
+    if taken is None or len(set(parts)) < len(parts) or not set(parts).isdisjoint(normal.outputs):
+        return None
+    for selection, number in taken:
+        selection.replace_all_uses_with(parts[number])
+    places, first = tuple(i for i, x in enumerate(normal.outputs) if x is output), len(normal.outputs)
+    normal.outputs = (*(None if x is output else x for x in normal.outputs), *parts)
+    normal.graph.eliminate_dead_code()
+    return Stack(None, 0, Stacking((axis,), (len(parts),)), places, first)
 
 
 def _uniform(splits: Sequence[Split | None]) -> list[Split] | None:

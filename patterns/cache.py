@@ -138,7 +138,7 @@ def parse_returned(value: fx.Node) -> CacheWrite | Problem | None:
     seen = plain(value)
     if seen.target is aten.slice.Tensor and (base := _overwritten(value)) is not None:
         return _as_returned(_tail(base, value, seen))
-    if seen.target is aten.slice.Tensor and operand(seen).target is aten.cat.default:
+    if seen.target is aten.slice.Tensor and plain(operand(seen)).target is aten.cat.default:
         return _grown_tail(value, seen)
     if seen.target is aten.cat.default:
         return _grown(value, seen)
@@ -211,7 +211,7 @@ def _grown_regrouped(value: fx.Node, seen: fx.Node) -> CacheWrite | None:
 
 def _grown_tail(value: fx.Node, seen: fx.Node) -> CacheWrite | Problem | None:
     """The last slots of `_grown`: a sliding window."""
-    whole, dim, start = operand(seen), argument(seen, "dim") % len(shape(seen)), argument(seen, "start")
+    whole, dim, start = plain(operand(seen)), argument(seen, "dim") % len(shape(seen)), argument(seen, "start")
     write = _grown(value, whole)
     if not isinstance(write, CacheWrite):
         return write

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -118,6 +119,10 @@ class _Product:
     out: str
 
 
+_Rows: TypeAlias = tuple[Any, fx.Node, int]
+"""What scales logits by a tensor that is the same for all keys: operator, tensor, dims of the logits."""
+
+
 @dataclass(frozen=True)
 class _Term:
     """Something added to the logits, or put in place of some, or a bound from below.
@@ -128,6 +133,7 @@ class _Term:
         factor: of the tensor; or the value that replaces; or the bound.
         where: which elements of a boolean tensor are replaced; None: the tensor is added.
         half: the sum is in float16, where logits vanish in the least number.
+        rows: what scales the logits afterwards, as in `_Logits`.
     """
 
     tensor: fx.Node | None
@@ -135,6 +141,7 @@ class _Term:
     factor: float
     where: bool | None = None
     half: bool = False
+    rows: tuple[_Rows, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ class _Logits:
     factor: float = 1.0
     softcap: float | None = None
     terms: list[_Term] = field(default_factory=list)  # the last applied first
-    rows: list[tuple[Any, fx.Node, int]] = field(default_factory=list)  # operator, tensor without keys, rank
+    rows: list[_Rows] = field(default_factory=list)  # the last applied first
     sink: _Sink | None = None
 
     def scale(self, factor: float) -> None:
@@ -190,28 +197,29 @@ class _Logits:
         self.softcap = abs(self.factor)
 
     def add(self, node: fx.Node, tensor: fx.Node, factor: float) -> None:
-        self._outermost(tensor)
+        self._uncapped(tensor)
         half = dtype(node) == dtype(tensor) == torch.float16
-        self.terms.append(_Term(tensor, len(shape(node)), self.factor * factor, half=half))
+        self.terms.append(_Term(tensor, len(shape(node)), self.factor * factor, half=half, rows=tuple(self.rows)))
 
     def replace(self, tensor: fx.Node, rank: int, value: float, where: bool) -> None:
-        self._outermost(tensor)
+        self._uncapped(tensor)
         value *= self.factor
-        if not (value <= _HIDDEN and self.factor > 0):
+        if not (value <= (_VERY_NEGATIVE if self.rows else _HIDDEN) and self.factor > 0):
             raise _RefusedError(Reason.MASK_FORM, f"masked logits become {value:g}, which does not hide them")
-        self.terms.append(_Term(tensor, rank, value if value >= torch.finfo(torch.float32).min else -math.inf, where))
+        value = value if value >= torch.finfo(torch.float32).min else -math.inf
+        self.terms.append(_Term(tensor, rank, value, where, rows=tuple(self.rows)))
 
     def bound(self, node: fx.Node, rank: int, value: float) -> None:
         """A bound too low for logits is one for what masks them."""
-        self._outermost(node)
+        self._uncapped(node)
         value *= self.factor
-        if not (value <= _VERY_NEGATIVE and self.factor > 0):
+        if self.rows or not (value <= _VERY_NEGATIVE and self.factor > 0):
             raise _RefusedError(Reason.ATTENTION_FORM, f"{node} bounds the logits by {value:g}")
         self.terms.append(_Term(None, rank, value))
 
-    def _outermost(self, tensor: fx.Node) -> None:
-        if self.softcap is not None or self.rows:
-            raise _RefusedError(Reason.ATTENTION_FORM, f"{tensor} masks logits that are capped, or scaled by a tensor")
+    def _uncapped(self, tensor: fx.Node) -> None:
+        if self.softcap is not None:
+            raise _RefusedError(Reason.ATTENTION_FORM, f"{tensor} masks logits that are capped")
 
 
 class _Reading:
@@ -669,6 +677,7 @@ class _Reading:
                     tensor = computed(self.graph, aten.masked_fill.Scalar, tensor, least, _VERY_NEGATIVE)
                 if term.factor != 1:
                     tensor = computed(self.graph, aten.mul.Tensor, tensor, term.factor)
+                tensor = self._scaled(tensor, term.rows)
                 made = tensor if made is None else computed(self.graph, aten.add.Tensor, made, tensor)
                 continue
             if element != torch.bool:
@@ -679,8 +688,22 @@ class _Reading:
                 made = computed(self.graph, aten.zeros_like.default, tensor, dtype=torch.float32)
             elif dtype(made) != torch.float32:
                 made = computed(self.graph, aten.to.dtype, made, torch.float32)
-            made = computed(self.graph, aten.masked_fill.Scalar, made, tensor, min(term.factor, _VERY_NEGATIVE))
+            least = min(term.factor, _VERY_NEGATIVE)
+            if term.rows and least > -math.inf:
+                device = tensor.meta["val"].device
+                value = computed(self.graph, aten.full.default, [1], least, dtype=torch.float32, device=device)
+                made = computed(self.graph, aten.where.self, tensor, self._scaled(value, term.rows), made)
+            else:
+                made = computed(self.graph, aten.masked_fill.Scalar, made, tensor, least)
         return made
+
+    def _scaled(self, node: fx.Node, rows: Sequence[_Rows]) -> fx.Node:
+        """What is added to the logits, or put in their place, before they are scaled."""
+        for target, tensor, rank in reversed(rows):
+            if dtype(node) != torch.float32:
+                node = computed(self.graph, aten.to.dtype, node, torch.float32)
+            node = computed(self.graph, target, node, self._four_dims(tensor, rank))
+        return node
 
 
 def _product(node: fx.Node) -> _Product:

@@ -124,7 +124,7 @@ def _ignores(node: fx.Node, user: fx.Node) -> bool:
 
 def _masks(node: fx.Node, dim: int, reader: fx.Node) -> bool:
     """Whether a tensor masks an attention, along its keys."""
-    fused = reader.target not in _SOFTMAX and reader.target not in _PRODUCTS
+    fused = reader.target not in _SOFTMAX and reader.target not in PRODUCTS
     return fused and dim == len(shape(node)) - 1 and node not in reader.args[:3] and node in reader.args[3:4]
 
 
@@ -132,7 +132,7 @@ def _sides(node: fx.Node, dim: int, reader: fx.Node) -> set[Side]:
     """The operands of an attention that a dim of `node` indexes, at a node that reads it."""
     if reader.target in _SOFTMAX:
         return {"key"} if argument(reader, "dim") % len(shape(node)) == dim else set()
-    if reader.target in _PRODUCTS:
+    if reader.target in PRODUCTS:
         return {"value"} if _product(node, dim, reader) is _SUMMED else set()
     if dim != len(shape(node)) - 2:
         return set()
@@ -149,7 +149,7 @@ def follow(node: fx.Node, dim: int, user: fx.Node) -> int | None:
         return _RULES[target](node, dim, user)
     if target in _KEEPING:
         return dim if user.args[0] is node else None
-    if target in _PRODUCTS:
+    if target in PRODUCTS:
         to = _product(node, dim, user)
         return to if isinstance(to, int) else None
     if target in MOVEMENT:
@@ -172,7 +172,7 @@ _To: TypeAlias = int | str | None
 
 def _product(node: fx.Node, dim: int, user: fx.Node) -> _To:
     """Where a dim of an operand of a matrix product goes: a dim of the result, or `_SUMMED`."""
-    return _PRODUCTS[user.target](node, dim, user)
+    return PRODUCTS[user.target](node, dim, user)
 
 
 def _linear(node: fx.Node, dim: int, user: fx.Node) -> _To:
@@ -203,7 +203,7 @@ def _einsum(node: fx.Node, dim: int, user: fx.Node) -> _To:
     return out.index(places[0][dim]) if places[0][dim] in out else _SUMMED
 
 
-_PRODUCTS: dict[object, Callable[[fx.Node, int, fx.Node], _To]] = {
+PRODUCTS: dict[object, Callable[[fx.Node, int, fx.Node], _To]] = {
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,
     aten.bmm.default: _matmul,
@@ -212,6 +212,7 @@ _PRODUCTS: dict[object, Callable[[fx.Node, int, fx.Node], _To]] = {
     aten.addmm.default: lambda node, dim, user: _matmul(node, dim, user, 1),
     aten.einsum.default: _einsum,
 }
+"""Where a dim of an operand of each matrix product goes."""
 
 
 def _same(_: fx.Node, dim: int, __: fx.Node) -> int:

@@ -11,6 +11,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import fx
 
+from decoquant_compile import _compat
 from decoquant_compile.patterns import blocks, flow
 from decoquant_compile.patterns.attention import anchors, cores, readers
 from decoquant_compile.patterns.blocks import Expansion
@@ -18,7 +19,7 @@ from decoquant_compile.patterns.cache import CacheWrite, parse, parse_returned
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.movement import Repeat, Walk, moves, operand, peel, plain
 from decoquant_compile.patterns.reject import Problem, Reason, Reject
-from decoquant_compile.patterns.symbols import Int, Size, dtype, known, same_value, shape
+from decoquant_compile.patterns.symbols import Int, Size, dtype, known, same_value, shape, size_of
 
 aten = torch.ops.aten
 
@@ -398,6 +399,7 @@ class _Matcher:
             source = side.walk.axes.dtypes[0]
             if not side.own and any(t not in (source, torch.float32) for t in side.walk.axes.dtypes):
                 return Problem(Reason.DTYPE, f"{source} read as {side.walk.axes.dtypes[-1]}")
+        _agree(k, v)
         if key.own != value.own or not _same_places(k, v):
             return Problem(Reason.POSITIONS_DIFFER, f"{k.form} into {k.cache}, {v.form} into {v.cache}")
         key_dims, value_dims = _layout(key), _layout(value)
@@ -541,6 +543,14 @@ def _is_even(core: AttentionCore) -> bool:
     return repeats or known(heads == own)
 
 
+def _agree(k: CacheWrite, v: CacheWrite) -> None:
+    """Guard that keys and values that grow were of one length, where their shapes by themselves do not tell."""
+    if k.form == v.form == "cat" and k.kept is not None and v.kept is not None:
+        condition = size_of(k.kept) == size_of(v.kept)
+        if isinstance(condition, torch.SymBool) and _compat.is_backed(condition):
+            bool(condition)  # asking adds the guard
+
+
 def _same_places(k: CacheWrite, v: CacheWrite) -> bool:
     places = [(w.positions, w.start, w.kept, w.offset) for w in (k, v)]
     same = k.form == v.form and k.slot_dim == v.slot_dim and k.returned == v.returned and k.born == v.born
@@ -616,11 +626,17 @@ def _read(key: _Operand, value: _Operand, slot: int) -> CacheRead | Problem | No
         return None
     spans = [side.walk.axes.spans[slot] for side in (key, value)]
     if key.write.form in ("append", "cat"):
-        if not all(
-            known(s.length == shape(side.walk.source)[slot]) for s, side in zip(spans, (key, value), strict=True)
+        sizes = [shape(side.walk.source)[slot] for side in (key, value)]
+        if all(known(s.length == size) for s, size in zip(spans, sizes, strict=True)):
+            return CacheRead(key.write.offset, after_write=False)
+        tail = key.write.form == "cat" and same_value(spans[0].first, spans[1].first)
+        # Of old slots only: all new ones are seen.
+        if not tail or not all(
+            known(size_of(s.first) + s.length == size) and known(s.length >= shape(side.write.new)[slot])
+            for s, size, side in zip(spans, sizes, (key, value), strict=True)
         ):
             return Problem(Reason.UNKNOWN_MOVEMENT, f"a slice of {key.walk.source}")
-        return CacheRead(key.write.offset, after_write=False)
+        return CacheRead(spans[0].first, after_write=False)
     if not same_value(spans[0].first, spans[1].first):
         return Problem(
             Reason.POSITIONS_DIFFER, f"keys are read from slot {spans[0].first}, values from {spans[1].first}"

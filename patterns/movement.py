@@ -11,7 +11,7 @@ from functools import reduce
 import torch
 from torch import fx
 
-from decoquant_compile.patterns.symbols import Int, Size, argument, dtype, known, same_shape, shape, size_of
+from decoquant_compile.patterns.symbols import Int, Size, argument, dtype, known, number, same_shape, shape, size_of
 
 aten = torch.ops.aten
 
@@ -368,7 +368,11 @@ def sliced(node: fx.Node) -> Span | None:
     assert isinstance(part, fx.Node)
     dim = argument(node, "dim")
     size, length = shape(whole)[dim], shape(part)[dim]
-    first = 0 if known(size == length) else start_of(argument(node, "start"), size, length)
+    start = argument(node, "start")
+    first = 0 if known(size == length) else start_of(start, size, length)
+    if first is None and isinstance(start, int) and start < 0 and known(size + start >= 0):
+        with node.graph.inserting_before(node):
+            first = number(node.graph, size + start)
     return None if first is None else Span(first, length)
 
 

@@ -52,7 +52,7 @@ def split(buffer: fx.Node, value: fx.Node) -> Split | None:
     latest: list[fx.Node | int] = list(range(size))
     selections: list[tuple[fx.Node, fx.Node | int]] = []
     for node, following in zip([buffer, *writes], [*writes, None], strict=True):
-        taken = _selections(node, axis, size, following, is_result=following is None)
+        taken = parts_taken(node, axis, size, following, is_result=following is None)
         if taken is None:
             return None
         selections += [(selection, latest[number]) for selection, number in taken]
@@ -84,11 +84,16 @@ def gathered(output: fx.Node) -> tuple[fx.Node, Split] | None:
     size = shape(buffer)[axis] if len(shape(buffer)) == len(shape(output)) else None
     if not isinstance(size, int) or not size == len(values) == len(set(values)):
         return None
-    before, after = _selections(buffer, axis, size), _selections(output, axis, size, is_result=True)
+    before, after = parts_taken(buffer, axis, size), parts_taken(output, axis, size, is_result=True)
     if before is None or after is None:
         return None
     selections = (*before, *((selection, values[number]) for selection, number in after))
     return buffer, Split(axis, selections, tuple(values))
+
+
+def stacked(output: fx.Node) -> list[fx.Node]:
+    """The tensors of which a result is the stack; it alone where it is none."""
+    return list(argument(output, "tensors")) if output.target is aten.stack.default else [output]
 
 
 def distribute(output: fx.Node) -> fx.Node:
@@ -108,7 +113,7 @@ def distribute(output: fx.Node) -> fx.Node:
     size = shape(buffer)[axis]
     if axis == dim or not isinstance(size, int) or size != len(tokens) or dtype(buffer) != dtype(new):
         return output
-    if _selections(buffer, axis, size, output) is None or _selections(output, axis, size, is_result=True) is None:
+    if parts_taken(buffer, axis, size, output) is None or parts_taken(output, axis, size, is_result=True) is None:
         return output
     graph = output.graph
     with graph.inserting_before(output):
@@ -151,7 +156,7 @@ def _writes(buffer: fx.Node, value: fx.Node) -> list[fx.Node]:
     return chain[::-1]
 
 
-def _selections(
+def parts_taken(
     node: fx.Node, axis: int, size: int, following: fx.Node | None = None, *, is_result: bool = False
 ) -> list[tuple[fx.Node, int]] | None:
     """The nodes that take one part each out of a node, with its number; None if it is used in another way, too.

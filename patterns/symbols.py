@@ -57,6 +57,17 @@ def as_int(size: Size, graph: fx.Graph) -> Int | None:
     return None
 
 
+def number(graph: fx.Graph, size: Size) -> Int | None:
+    """A size as a constant, or computed at the graph's insertion point; None if no inputs carry its symbols."""
+    try:
+        made = _compat.size_node(graph, size)
+    except LookupError:
+        return None
+    if isinstance(made, fx.Node):
+        made.meta.setdefault("val", size)
+    return made
+
+
 def argument(node: fx.Node, name: str) -> Any:
     """An argument of an ATen call by its name in the schema, given or default."""
     for position, declared in enumerate(_compat.arguments_of(node.target)):

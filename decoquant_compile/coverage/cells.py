@@ -133,7 +133,8 @@ class Matcher:
 
     _decoquant_backend: ClassVar[bool] = True  # handles may come in
 
-    def __init__(self) -> None:
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options or Options()
         self.ran: list[tuple[GraphReport, int]] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -141,7 +142,7 @@ class Matcher:
         report = GraphReport(_compat.graph_name())
         compiled: Callable[..., Any] | None = None
         with contained(report):
-            compiled = packed(gm, example_inputs, Options(), {}, report, _uncompiled)
+            compiled = packed(gm, example_inputs, self.options, {}, report, _uncompiled)
         whole = compiled or untouched(gm, example_inputs, {}, report, _uncompiled)
         caches = len(getattr(compiled, "bindings", ())) // 2
 
@@ -158,7 +159,13 @@ def _uncompiled(gm: fx.GraphModule, _: Sequence[Any], **__: Any) -> Callable[...
 
 
 def measure(
-    name: str, attention: str, caches: Sequence[str], prefills: Sequence[str], bits: Sequence[int] = ()
+    name: str,
+    attention: str,
+    caches: Sequence[str],
+    prefills: Sequence[str],
+    bits: Sequence[int] = (),
+    *,
+    compiled: bool = False,
 ) -> Iterator[Cell]:
     """The cells of one model with one attention.
 
@@ -167,7 +174,8 @@ def measure(
         attention: of `ATTENTIONS`; of no account for an idiom.
         caches: of `CACHES`; of no account for an idiom.
         prefills: of `PREFILLS`.
-        bits: check results at these too, which compiles each graph.
+        bits: check results at these too.
+        compiled: check what Inductor makes of the rewritten graphs, too; otherwise they run node by node.
     """
     if name in IDIOMS:
         attention, caches = OWN, (OWN,)
@@ -184,15 +192,15 @@ def measure(
         return
     torch.compiler.reset()
     matcher, before = Matcher(), _compat.graph_breaks()
-    compiled = torch.compile(subject.model.forward, backend=matcher)
+    traced = torch.compile(subject.model.forward, backend=matcher)
     with torch.no_grad(), _compat.dynamo_limits(_ENTRIES), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the library's
         for cell in cells:
-            _measure(subject, compiled, matcher, cell, before)
+            _measure(subject, traced, matcher, cell, before)
             yield cell
     for cell in cells if bits else ():
         if not cell.refused and cell.rewritten:
-            cell.checks = {b: check(subject, cell, b) for b in bits}
+            cell.checks = {b: check(subject, cell, b, compiled=compiled) for b in bits}
 
 
 def _measure(
@@ -270,22 +278,31 @@ def _logits(subject: Subject, forward: Callable[..., Any], cell: Cell) -> Iterat
         yield subject.step(forward, cache, ids).float().clone()
 
 
-def check(subject: Subject, cell: Cell, bits: int) -> Check:
-    """Run a cell on packed caches of `bits`, compiled by Inductor, and compare its logits with plain PyTorch's."""
+def check(subject: Subject, cell: Cell, bits: int, *, compiled: bool) -> Check:
+    """Run a cell on packed caches of `bits` and compare its logits with plain PyTorch's.
+
+    Args:
+        subject: the model.
+        cell: how to call it.
+        bits: of the codes.
+        compiled: whether Inductor compiles the rewritten graphs; otherwise they run node by node.
+    """
     torch.compiler.reset()
-    options: dict[str, Any] = {
-        "bits": bits,
-        "sinks": 1,
-        "window": 2,
-    }  # so small that most tokens are read from their codes
-    compiled = torch.compile(subject.model.forward, backend=decoquant_backend, options=options)
-    plain, quick = subject.model.forward, _compat.quick_compile()
-    if cell.attention == "flex":  # see `_measure`; of its functions the quick way lowers few
-        plain, quick = torch.compile(plain), contextlib.nullcontext()
+    packing: dict[str, Any] = {"bits": bits, "sinks": 1, "window": 2}  # so few that most tokens are read from codes
+    forward = plain = subject.model.forward
+    if compiled:
+        ours = torch.compile(forward, backend=decoquant_backend, options=packing)
+    else:
+        ours = torch.compile(forward, backend=Matcher(Options(**packing)))
+    quick: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if cell.attention == "flex":  # see `_measure`
+        plain = torch.compile(forward)
+    elif compiled:  # of flex_attention's functions the quick way lowers few
+        quick = _compat.quick_compile()
     with torch.no_grad(), quick, _compat.dynamo_limits(_ENTRIES), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = list(_logits(subject, plain, cell))
-        got = list(_logits(subject, compiled, cell))
+        got = list(_logits(subject, ours, cell))
     spread = float(torch.cat(expected, 1).std())
     error = max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)) / spread
     same = [_same_token(a[0, -1], b[0, -1], BOUNDS[bits] * spread) for a, b in zip(got, expected, strict=True)]

@@ -62,8 +62,12 @@ def _quiet() -> Iterator[None]:
 @click.option(
     "--check",
     is_flag=True,
-    help="Compile too, and compare the logits and the likeliest tokens with plain PyTorch's, at "
-    + " and ".join(f"{bits} bits (up to {bound:g} standard deviations)" for bits, bound in BOUNDS.items()),
+    help="Compare the logits and the likeliest tokens with plain PyTorch's, too, at "
+    + " and ".join(f"{bits} bits (up to {bound:g} standard deviations)" for bits, bound in BOUNDS.items())
+    + ". The rewritten graphs run node by node.",
+)
+@click.option(
+    "--compiled", is_flag=True, help="With --check: compile the rewritten graphs by Inductor (a minute for each model)."
 )
 @click.option("--time", "timed", is_flag=True, help="Only measure what share of a compile the matcher takes.")
 @click.option(
@@ -81,18 +85,21 @@ def main(
     cache: tuple[str, ...],
     prefill: tuple[str, ...],
     check: bool,
+    compiled: bool,
     timed: bool,
     known: tuple[pathlib.Path, ...],
     out: tuple[pathlib.Path, ...],
 ) -> None:
     """Measure cell after cell, show the table, write the results."""
+    if compiled and not check:
+        raise click.UsageError("--compiled says how to --check; give both")
     console = Console()
     if timed:
         for growing in (False, True):
             console.print(str(timing.measure(growing=growing)), highlight=False)
         return
     cells: list[Cell] = []
-    settings = {"attention": attention, "cache": cache, "prefill": prefill, "check": check}
+    settings = {"attention": attention, "cache": cache, "prefill": prefill, "check": check, "compiled": compiled}
     earlier: dict[tuple[str, str], list[Cell]] = {}
     for path in known:
         for cell in report.read(path.read_text(encoding="utf-8")):
@@ -109,7 +116,7 @@ def main(
         for name, kind in jobs:
             progress.update(task, now=f"{name} {kind}")
             done = earlier.get((name, OWN if name in IDIOMS else kind))
-            cells += done or measure(name, kind, cache, prefill, tuple(BOUNDS) if check else ())
+            cells += done or measure(name, kind, cache, prefill, tuple(BOUNDS) if check else (), compiled=compiled)
             for path in out:  # at once: an interrupted run can be gone on with
                 path.write_text(_WRITERS[path.suffix](cells, settings), encoding="utf-8")
             progress.advance(task)
