@@ -50,7 +50,7 @@ _JUMPING = {
 
 def attentions(
     start: fx.Node, dim: int, readers: dict[fx.Node, fx.Node], returned: Container[fx.Node] = ()
-) -> set[tuple[fx.Node, Side]]:
+) -> set[tuple[fx.Node, Side]] | None:
     """The attentions whose keys or values stand along a dim, where nothing else uses its elements.
 
     Followed are movement, pointwise operators, products that do not sum over the dim, and what else keeps it: whatever
@@ -64,7 +64,7 @@ def attentions(
         returned: what the graph may return: the tensor after its write.
 
     Returns:
-        Attentions, each with the operand that the dim indexes; none where another use was found.
+        Attentions, each with the operand that the dim indexes; None where another use was found.
     """
     found: set[tuple[fx.Node, Side]] = set()
     seen: set[tuple[fx.Node, int, bool]] = set()
@@ -82,7 +82,7 @@ def attentions(
             elif user in readers and _masks(node, dim, user):
                 continue
             elif not (multiplied or _ignores(node, user) or (user.op == "output" and node in returned)):
-                return set()
+                return None
     return found
 
 

@@ -19,7 +19,7 @@ from decoquant_compile.patterns.cache import CacheWrite, parse, parse_returned
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.movement import Repeat, Walk, moves, operand, peel, plain
 from decoquant_compile.patterns.reject import Problem, Reason, Reject
-from decoquant_compile.patterns.symbols import Int, Size, dtype, known, same_value, shape, size_of
+from decoquant_compile.patterns.symbols import Int, Size, argument, dtype, known, same_value, shape, size_of
 
 aten = torch.ops.aten
 
@@ -193,6 +193,7 @@ class _Matcher:
             self._learn(buffer, buffer, read)
         self.read_by: dict[fx.Node, dict[fx.Node, object]] = {}  # cache -> attentions -> caches of keys and values
         self.sides: dict[fx.Node, set[tuple[fx.Node, flow.Side]]] = {}  # cache -> attentions whose operand it is
+        self.own: dict[fx.Node, set[tuple[fx.Node, flow.Side]]] = {}  # cache -> those that read its new tokens instead
 
     def _learn(self, cache: fx.Node, value: fx.Node, write: CacheWrite | Problem) -> None:
         if isinstance(write, Problem):
@@ -207,6 +208,9 @@ class _Matcher:
             self.evidence[write.seen] = None
         if write.writes:
             self.new[write.new] = None if write.new in self.new else write
+            new = write.new  # of a prompt longer than a window the last tokens
+            if new.target is aten.slice.Tensor and argument(new, "dim") % len(shape(new)) == write.slot_dim:
+                self.new[operand(new)] = None if operand(new) in self.new else write
 
     def run(self) -> list[Site | RebuiltSite | Reject]:
         found, known_by = cores(self.graph), anchors(self.graph)
@@ -220,8 +224,9 @@ class _Matcher:
                     self.read_by.setdefault(cache, {})[core.node] = caches
                 by_side: dict[flow.Side, _Operand | Problem] = {"key": pair[0], "value": pair[1]}
                 for side, traced in by_side.items():
-                    if isinstance(traced, _Operand) and not traced.own:
-                        self.sides.setdefault(traced.write.cache, set()).add((core.node, side))
+                    if isinstance(traced, _Operand):
+                        reading = self.own if traced.own else self.sides
+                        reading.setdefault(traced.write.cache, set()).add((core.node, side))
         sites: dict[fx.Node, Site | Problem] = {}
         for core in found:
             if isinstance(core, AttentionCore):
@@ -265,6 +270,8 @@ class _Matcher:
                 continue
             start = write.seen if write.born else write.buffer
             reached = flow.attentions(start, write.slot_dim, self.readers, {write.value, write.cache})
+            if reached is not None and not reached:
+                reached = {(at[node], side) for node, side in self.own.get(cache, ())}
             if not reached and not self._is_shown(write) and not flow.decides(start, self.readers):
                 reached = {(at[node], side) for node, side in self.sides.get(cache, ()) if node in escaped}
             dims = _dims(write)

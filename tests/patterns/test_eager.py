@@ -73,6 +73,26 @@ def scaled_by_a_tensor_for_each_head(q, k, v, mask):
     return (q @ k.mT * v[:1, :, :1, :1].exp()).softmax(-1) @ v
 
 
+@form(scale=1.0, mask=torch.float32)
+def masked_before_a_tensor_scales(q, k, v, mask):
+    k, v = repeat(k, v)
+    logits = torch.where(mask, q @ k.mT, torch.finfo(torch.float32).min)
+    return (logits / v[0, 0, :1, 0].exp().clamp_min(1) + additive(mask)).softmax(-1) @ v
+
+
+@form(scale=1.0, mask=torch.float32)
+def biased_before_a_tensor_for_each_head_scales(q, k, v, mask):
+    k, v = repeat(k, v)
+    bias = torch.linspace(-1, 1, SLOTS).expand(1, 1, QUERIES, SLOTS)
+    return ((q @ k.mT + bias) * v[:1, :, :1, :1].exp()).softmax(-1) @ v
+
+
+@form(scale=1.0, mask=torch.bool)
+def hidden_before_a_tensor_for_each_head_scales(q, k, v, mask):
+    k, v = repeat(k, v)
+    return ((q @ k.mT).masked_fill(~mask, -math.inf) * v[:1, :, :1, :1].exp()).softmax(-1) @ v
+
+
 @form(scale=1.0, mask=torch.bool)
 def boolean(q, k, v, mask):
     k, v = repeat(k, v)
@@ -409,6 +429,12 @@ def divided_by_the_logits(q, k, v, mask):
 def rectified(q, k, v, mask):
     k, v = repeat(k, v)
     return (q @ k.mT).relu().softmax(-1) @ v
+
+
+@miss(Reason.MASK_FORM, "masked logits become -10000")
+def replaced_by_too_little_before_a_tensor_scales(q, k, v, mask):
+    k, v = repeat(k, v)
+    return ((q @ k.mT).masked_fill(~mask, -1e4) / v[0, 0, 0, 0, None].exp()).softmax(-1) @ v
 
 
 @miss(Reason.ATTENTION_FORM, "bounds the logits by -1")

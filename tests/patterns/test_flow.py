@@ -20,6 +20,8 @@ def sides(function, dim=2, tensor=None):
     name = next(iter(inspect.signature(function).parameters))
     (start,) = (n for n in recorder.graphs[0].placeholders if recorder.graphs[0].source(n) == f"L['{name}']")
     found = flow.attentions(start, dim, readers(graph))
+    if found is None:
+        return None
     assert {anchor for anchor, _ in found} <= set(anchors(graph))
     return {side for _, side in found}
 
@@ -67,7 +69,7 @@ def test_what_masks_the_keys_is_the_attentions_own_affair():
         return F.scaled_dot_product_attention(*[T.expand(BATCH, -1, -1, -1)] * 3, bias)
 
     assert sides(masked) == {"value"}
-    assert sides(masked_by_queries) == set()
+    assert sides(masked_by_queries) is None
 
 
 @pytest.mark.parametrize(
@@ -82,12 +84,12 @@ def test_what_masks_the_keys_is_the_attentions_own_affair():
     ],
 )
 def test_what_mixes_slots_is_not(mix):
-    assert sides(lambda c, q: attend(q, mix(c), mix(c))) == set()
+    assert sides(lambda c, q: attend(q, mix(c), mix(c))) is None
 
 
 @pytest.mark.parametrize("use", [lambda c: c * 2, lambda c: c.sum(), lambda c: c.flatten(1, 2).sin().norm(dim=-1)])
 def test_what_is_used_elsewhere_as_well_is_not(use):
-    assert sides(lambda c, q: (attend(q, c.sin(), T[None]), use(c))) == set()
+    assert sides(lambda c, q: (attend(q, c.sin(), T[None]), use(c))) is None
 
 
 def test_shapes_and_logits_may_be_used():
@@ -100,8 +102,8 @@ def test_shapes_and_logits_may_be_used():
 
 
 def test_other_dims_than_the_keys_are_not():
-    assert sides(lambda c, q: attend(q, c, c), dim=1) == set()
-    assert sides(lambda c, q: attend(c, T[None], T[None])) == set()
+    assert sides(lambda c, q: attend(q, c, c), dim=1) is None
+    assert sides(lambda c, q: attend(c, T[None], T[None])) is None
     assert sides(lambda c, q: (q @ c.mT).softmax(-2) @ c) == {"value"}
 
 
@@ -111,4 +113,4 @@ def test_a_state_of_a_convolution_reaches_no_attention():
         k = F.linear(x, torch.ones(CHANNELS, 3)).view(BATCH, 1, 1, CHANNELS).expand(BATCH, HEADS, 1, CHANNELS)
         return attend(q, k, k)
 
-    assert sides(function, dim=2, tensor=torch.randn(BATCH, 3, 4)) == set()
+    assert sides(function, dim=2, tensor=torch.randn(BATCH, 3, 4)) is None
