@@ -2,11 +2,12 @@
 
 import contextlib
 import itertools
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -74,6 +75,16 @@ class Check:
 
     error: float
     tokens: float
+
+    @classmethod
+    def of(cls, got: Sequence[Tensor], expected: Sequence[Tensor], bits: int) -> Self:
+        """Compare logits of each call, from caches of `bits`."""
+        if len(got) < len(expected):
+            return cls(math.inf, 0)
+        spread = float(torch.cat(list(expected), 1).std())
+        error = max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)) / spread
+        same = [_same_token(a[0, -1], b[0, -1], BOUNDS[bits] * spread) for a, b in zip(got, expected, strict=True)]
+        return cls(error, sum(same) / len(same))
 
 
 @dataclass
@@ -190,35 +201,72 @@ def measure(
             cell.refused = refused
         yield from cells
         return
-    torch.compiler.reset()
-    matcher, before = Matcher(), _compat.graph_breaks()
-    traced = torch.compile(subject.model.forward, backend=matcher)
+    options = _packing(bits[0]) if bits and not compiled else {}  # the first check needs no run of its own
+    matcher, before = Matcher(Options(**options)), _compat.graph_breaks()
+    plain: dict[int, list[Tensor]] = {}
     with torch.no_grad(), _compat.dynamo_limits(_ENTRIES), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the library's
-        for cell in cells:
-            _measure(subject, traced, matcher, cell, before)
+        torch.compiler.reset()
+        traced = torch.compile(subject.model.forward, backend=matcher)
+        for number, cell in enumerate(cells):
+            got = _measure(subject, traced, matcher, cell, before)
+            if bits and not cell.refused and cell.rewritten:
+                plain[number] = _plainly(subject, cell)
+                if options:
+                    cell.checks[bits[0]] = Check.of(got, plain[number], bits[0])
             yield cell
-    for cell in cells if bits else ():
-        if not cell.refused and cell.rewritten:
-            cell.checks = {b: check(subject, cell, b, compiled=compiled) for b in bits}
+        for b in bits[1:] if options else bits:
+            torch.compiler.reset()
+            ours, quick = _compiled(subject, b, attention) if compiled else (_run(subject, b), contextlib.nullcontext())
+            with quick:
+                for number, expected in plain.items():
+                    cells[number].checks[b] = Check.of(list(_logits(subject, ours, cells[number])), expected, b)
+
+
+def _packing(bits: int) -> dict[str, Any]:
+    """Options with which most tokens are read from their codes."""
+    return {"bits": bits, "sinks": 1, "window": 2}
+
+
+def _run(subject: Subject, bits: int) -> Callable[..., Any]:
+    """What runs rewritten graphs node by node."""
+    return torch.compile(subject.model.forward, backend=Matcher(Options(**_packing(bits))))
+
+
+def _compiled(
+    subject: Subject, bits: int, attention: str
+) -> tuple[Callable[..., Any], contextlib.AbstractContextManager[None]]:
+    """What compiles rewritten graphs by Inductor, and a context that makes it quick."""
+    ours = torch.compile(subject.model.forward, backend=decoquant_backend, options=_packing(bits))
+    # Of flex_attention's functions the quick way lowers few.
+    return ours, contextlib.nullcontext() if attention == "flex" else _compat.quick_compile()
+
+
+def _plainly(subject: Subject, cell: Cell) -> list[Tensor]:
+    """Logits of plain PyTorch."""
+    forward = subject.model.forward
+    # Outside of torch.compile flex_attention compiles itself, for every shape: minutes.
+    return list(_logits(subject, torch.compile(forward) if cell.attention == "flex" else forward, cell))
 
 
 def _measure(
     subject: Subject, compiled: Callable[..., Any], matcher: Matcher, cell: Cell, before: Counter[str]
-) -> None:
+) -> list[Tensor]:
+    """Fill in the attentions of a cell, or why it is refused; its logits."""
     try:
-        # Outside of torch.compile flex_attention compiles itself, for every shape: minutes.
-        if cell.attention != "flex":
+        if cell.attention != "flex":  # see `_plainly`
             list(_logits(subject, subject.model.forward, cell))
     except Exception as error:  # noqa: BLE001 - whatever the library raises is its answer
         cell.refused = one_line(error)
-        return
+        return []
+    got: list[Tensor] = []
     try:
         seen: set[int] = set()
         matcher.ran.clear()
-        for tokens, held in _calls(subject, compiled, cell):
+        for tokens, held, logits in _calls(subject, compiled, cell):
             ran, matcher.ran = matcher.ran, []
             cell.attentions += _attentions(ran, seen, tokens, held, _compat.graph_breaks() - before)
+            got.append(logits)
     except Exception as error:  # noqa: BLE001
         torch.compiler.reset()
         try:
@@ -227,6 +275,7 @@ def _measure(
             cell.refused = f"torch.compile: {one_line(plain)}"
         else:
             cell.attentions.append(Attention("", "", "ERROR", one_line(error)))
+    return got
 
 
 def _attentions(
@@ -263,50 +312,17 @@ def _attentions(
         yield Attention("", "", "GRAPH_BREAK" if cut or left else "UNSEEN", detail + why)
 
 
-def _calls(subject: Subject, forward: Callable[..., Any], cell: Cell) -> Iterator[tuple[int, int]]:
-    """(tokens of a call, layers that hold keys after it)."""
+def _calls(subject: Subject, forward: Callable[..., Any], cell: Cell) -> Iterator[tuple[int, int, Tensor]]:
+    """(tokens of a call, layers that hold keys after it, logits)."""
     cache, sizes = subject.cache(cell.cache), PREFILLS[cell.prefill]
     for ids in prompts(1, sum(sizes)).split(sizes, 1):
-        subject.step(forward, cache, ids)
-        yield ids.shape[1], subject.cached(cache)
+        logits = subject.step(forward, cache, ids).float().clone()
+        yield ids.shape[1], subject.cached(cache), logits
 
 
 def _logits(subject: Subject, forward: Callable[..., Any], cell: Cell) -> Iterator[Tensor]:
     """Logits of each call."""
-    cache, sizes = subject.cache(cell.cache), PREFILLS[cell.prefill]
-    for ids in prompts(1, sum(sizes)).split(sizes, 1):
-        yield subject.step(forward, cache, ids).float().clone()
-
-
-def check(subject: Subject, cell: Cell, bits: int, *, compiled: bool) -> Check:
-    """Run a cell on packed caches of `bits` and compare its logits with plain PyTorch's.
-
-    Args:
-        subject: the model.
-        cell: how to call it.
-        bits: of the codes.
-        compiled: whether Inductor compiles the rewritten graphs; otherwise they run node by node.
-    """
-    torch.compiler.reset()
-    packing: dict[str, Any] = {"bits": bits, "sinks": 1, "window": 2}  # so few that most tokens are read from codes
-    forward = plain = subject.model.forward
-    if compiled:
-        ours = torch.compile(forward, backend=decoquant_backend, options=packing)
-    else:
-        ours = torch.compile(forward, backend=Matcher(Options(**packing)))
-    quick: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if cell.attention == "flex":  # see `_measure`
-        plain = torch.compile(forward)
-    elif compiled:  # of flex_attention's functions the quick way lowers few
-        quick = _compat.quick_compile()
-    with torch.no_grad(), quick, _compat.dynamo_limits(_ENTRIES), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = list(_logits(subject, plain, cell))
-        got = list(_logits(subject, ours, cell))
-    spread = float(torch.cat(expected, 1).std())
-    error = max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)) / spread
-    same = [_same_token(a[0, -1], b[0, -1], BOUNDS[bits] * spread) for a, b in zip(got, expected, strict=True)]
-    return Check(error, sum(same) / len(same))
+    return (logits for _, _, logits in _calls(subject, forward, cell))
 
 
 def _same_token(got: Tensor, expected: Tensor, tie: float) -> bool:
