@@ -286,7 +286,7 @@ class _Rewriter:
                 first = self._add(first, self._size(site.key.new, site.dims[2]))
         for write in (site.key, site.value):
             # What is only read is held already.
-            mask = site.core.mask if site.read is not None and write.writes else None
+            mask = site.core.mask if site.read is not None and write.writes and write.partial is None else None
             self.wanted.append((_held(write), mask, first))
 
     def _replace(self, site: Site, key_format: Format, value_format: Format, *, stores: bool) -> None:
@@ -303,14 +303,20 @@ class _Rewriter:
             stored, shift = self._placing(site.key, tokens, key_slots, shown, key)
             column = self._column(site, self._sub(key_slots, tokens), shift)
             real = None if column is None else mask
+            everybody = None if site.key.partial is None else self._roles(site.key.cache, site.dims)[0]
 
             def store(state: fx.Node, new: fx.Node, query: fx.Node | None, slots: Int, format_: Format) -> None:
-                arguments = (state, new, stored, query, real, slots, shift, column or 0, format_.key())
+                hidden, rows = real, None
+                if everybody is not None:
+                    new, rows = self._padded(new, everybody)
+                    query = query and self._padded(query, everybody)[0]
+                    hidden = hidden and self._for_all(hidden, everybody)
+                arguments = (state, new, stored, query, hidden, slots, shift, column or 0, format_.key(), rows)
                 self.graph.call_function(ops.store, arguments)
 
             def attend(positions: fx.Node) -> None:
                 arguments = (core.query, key_state, value_state, key, value, positions, mask, core.scale, core.softcap)
-                sizes = (key_slots, first, length, key_format.key(), value_format.key(), core.sink)
+                sizes = (key_slots, first, length, key_format.key(), value_format.key(), core.sink, everybody)
                 result = self.graph.call_function(ops.attend, (*arguments, *sizes))
                 for target, others in core.result:
                     result = self.graph.call_function(target, (result, *others))
@@ -401,7 +407,7 @@ class _Rewriter:
             stored, shift = self._placing(write, self._size(new, 2), slots, first, new)
             rows = None
             if write.partial is not None:
-                new, rows = self._padded(new, self._size(new, 0), self._roles(write.cache, dims)[0])
+                new, rows = self._padded(new, self._roles(write.cache, dims)[0])
             if write.is_ragged:
                 new, stored, rows = self._spread(new, stored)
             self.graph.call_function(ops.store, (state, new, stored, None, None, slots, shift, 0, format_.key(), rows))
@@ -435,15 +441,22 @@ class _Rewriter:
             user.replace_input_with(buffer, dense)
         return dense
 
-    def _padded(self, new: fx.Node, written: Int, batch: Int) -> tuple[fx.Node, fx.Node]:
+    def _padded(self, new: fx.Node, batch: Int) -> tuple[fx.Node, fx.Node]:
         """New tokens of the first sequences as tokens of all, and which of them are to be stored: [batch, tokens]."""
-        tokens = self._size(new, 2)
+        tokens, written = self._size(new, 2), self._size(new, 0)
         missing = self._sub(batch, written)
         rows = self._arange(0, batch, new)
         new = self.graph.call_function(aten.constant_pad_nd.default, (new, [0] * 7 + [missing]))
         rows = self.graph.call_function(aten.lt.Scalar, (rows, written))
         rows = self.graph.call_function(aten.unsqueeze.default, (rows, 1))
         return new, self.graph.call_function(aten.expand.default, (rows, [batch, tokens]))
+
+    def _for_all(self, mask: fx.Node, batch: Int) -> fx.Node:
+        """A mask of the first sequences as one of all."""
+        if known(shape(mask)[0] == 1):
+            return mask
+        missing = self._sub(batch, self._size(mask, 0))
+        return self.graph.call_function(aten.constant_pad_nd.default, (mask, [0] * 7 + [missing]))
 
     def _spread(self, new: fx.Node, positions: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
         """Tokens at positions of each sequence, [batch, tokens], as tokens of all at the same, and whose they are.
@@ -595,7 +608,7 @@ def _storing(sites: Sequence[Site]) -> list[Site]:
 
 def _held(write: CacheWrite) -> Int | None:
     """What bounds the tokens that a cache held before a write: their number, or the slots written."""
-    if write.is_ragged:  # what is left over of one sequence is another's
+    if write.is_ragged or write.partial is not None:  # what is left over of one sequence is another's
         return None
     return next((x for x in (write.positions, write.start, write.kept) if x is not None), None)
 

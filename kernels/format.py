@@ -79,6 +79,12 @@ class Sections(NamedTuple):
     window_positions: Tensor
     """int64 ``[batch, window]``, UNSET where empty."""
 
+    def of_first(self, sequences: int) -> "Sections":
+        """The same of the first sequences alone."""
+        header, rows, raw, planes, *others = self
+        mine = (tensor[:sequences] for tensor in others)
+        return Sections(header, rows[:sequences], raw[:sequences], tuple(p[:sequences] for p in planes), *mine)
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -23,7 +23,7 @@ _STORE: Final = (
 _ATTEND: Final = (
     "attend_v4(Tensor query, Tensor key_state, Tensor value_state, Tensor key, Tensor value, Tensor positions,"
     " Tensor? mask, float? scale, float? softcap, SymInt slots, SymInt first, SymInt length,"
-    " str key_format, str value_format, Tensor? sink=None) -> Tensor"
+    " str key_format, str value_format, Tensor? sink=None, SymInt? sequences=None) -> Tensor"
 )
 _DEQUANTISE: Final = (
     "dequantise_v4(Tensor state, SymInt batch, SymInt heads, SymInt slots, str format, Tensor? after=None) -> Tensor"
@@ -66,10 +66,11 @@ def _attend(
     key_format: str,
     value_format: str,
     sink: Tensor | None = None,
+    sequences: int | None = None,
 ) -> Tensor:
     return reference.attend(
         query, key_state, value_state, key, value, positions, mask, scale, softcap, slots, first, length,
-        Format.parse(key_format), Format.parse(value_format), sink,
+        Format.parse(key_format), Format.parse(value_format), sink, sequences,
     )  # fmt: skip
 
 
@@ -152,11 +153,11 @@ def _store_triton(
 def _attend_triton(*args: Any) -> Callable[..., Tensor] | None:
     """Launches that do what `_attend` does with such arguments, given how to wrap a kernel; None: there are none."""
     query, _, _, key, value, *_ = args
-    sink = args[14] if len(args) > 14 else None
+    sink, sequences = (*args[14:], None, None)[:2]
     launches, forms = triton.launches(), [Format.parse(form) for form in args[12:14]]
     if launches is None or not launches.serves(query, key, value, *forms):
         return None
-    return lambda **wrap: launches.attend(*args[:12], *forms, sink=sink, **wrap)
+    return lambda **wrap: launches.attend(*args[:12], *forms, sink=sink, sequences=sequences, **wrap)
 
 
 def _stretch_triton(*args: Any) -> Callable[..., Tensor] | None:

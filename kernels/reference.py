@@ -513,15 +513,16 @@ class _History:
     """The stored tokens of a cache as an attention's key axis sees them: axis ``a`` is slot ``first + a``."""
 
     def __init__(
-        self, state: Tensor, form: Format, batch: int, heads: int, slots: int, first: int, length: int
+        self, state: Tensor, form: Format, shape: tuple[int, int, int], first: int, length: int, sequences: int
     ) -> None:
         self.form = form
+        batch, heads, slots = shape
         self.slots, self.first, self.length = slots, first, length
-        self.sections = form.layout(batch, heads, slots).views(state)
+        self.sections = form.layout(batch, heads, slots).views(state).of_first(sequences)
         self.origin, end = self.sections.header.tolist()
         self.low = max(0, first)
         self.high = min(slots, first + length, end - self.origin)
-        self._elements_per_token = batch * heads * form.head_dim
+        self._elements_per_token = sequences * heads * form.head_dim
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """Runs of written slots: their place on the axis and in the ring of slots."""
@@ -665,6 +666,7 @@ def check_attend(
     kf: Format,
     vf: Format,
     sink: Tensor | None,
+    sequences: int | None = None,
 ) -> None:
     """Raises a ValueError if the arguments of `attend` do not fit together."""
     if kf.role != "key" or vf.role != "value":
@@ -688,6 +690,8 @@ def check_attend(
             )
     if sink is not None and sink.shape != (query.shape[1],):
         raise ValueError(f"sink must be [{query.shape[1]}], got {tuple(sink.shape)}")
+    if sequences is not None and sequences < batch:
+        raise ValueError(f"{batch} sequences attend to caches of {sequences}")
 
 
 @torch.no_grad()
@@ -707,6 +711,7 @@ def attend(
     key_form: Format,
     value_form: Format,
     sink: Tensor | None = None,
+    sequences: int | None = None,
 ) -> Tensor:
     """Attention over packed caches; equals dense attention over `dequantise` with the new tokens put in place.
 
@@ -733,6 +738,7 @@ def attend(
         value_form: format of `value_state`.
         sink: float32 ``[query_heads]``, a logit of each head beside those of the keys, as they are after scale, softcap
             and mask: it joins the sum of the softmax and has no value. None: there is none.
+        sequences: of the caches, of which the first `batch` are attended to; None: there are no others.
 
     Returns:
         ``[batch, query_heads, queries, value_head_dim]`` in the query's dtype, contiguous.
@@ -740,7 +746,7 @@ def attend(
     Raises:
         ValueError: a tensor of the wrong shape, or formats of the wrong role.
     """
-    check_attend(query, key, value, positions, mask, length, key_form, value_form, sink)
+    check_attend(query, key, value, positions, mask, length, key_form, value_form, sink, sequences)
     batch, heads = key.shape[:2]
     query_heads, queries = query.shape[1:3]
     groups = query_heads // heads
@@ -748,8 +754,9 @@ def attend(
     if length == 0 or out.numel() == 0:
         return out.flatten(1, 2)
 
-    keys = _History(key_state, key_form, batch, heads, slots, first, length)
-    values = _History(value_state, value_form, batch, heads, slots, first, length)
+    shape = batch if sequences is None else sequences, heads, slots
+    keys = _History(key_state, key_form, shape, first, length, batch)
+    values = _History(value_state, value_form, shape, first, length, batch)
     column = (positions - first)[None]
     on_axis = _last_writers(column, (positions >= 0) & (column >= 0) & (column < length), length)
     place = torch.where(on_axis, column, length).expand(batch, -1)
@@ -795,7 +802,7 @@ def dequantise(
     if first < 0:
         raise ValueError(f"first must be at least 0, got {first}")
     length = slots if length is None else length
-    history = _History(state, form, batch, heads, slots, first, length)
+    history = _History(state, form, (batch, heads, slots), first, length, batch)
     sections = history.sections
     out = torch.zeros(batch, heads, length, form.head_dim, dtype=form.dtype, device=state.device)
     large = torch.finfo(form.dtype).max

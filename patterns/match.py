@@ -392,8 +392,6 @@ class _Matcher:
         if k.cache is v.cache:
             return Problem(Reason.SAME_TENSOR, k.cache.name)
         for write in (k, v):
-            if write.partial is not None:
-                return Problem(Reason.PARTIAL_BATCH, f"{write.buffer} is written along a part of dim {write.partial}")
             if write.is_ragged:
                 return Problem(Reason.RAGGED, f"{write.buffer} at {write.positions}")
         for cache in (k.cache, v.cache):
@@ -559,7 +557,7 @@ def _agree(k: CacheWrite, v: CacheWrite) -> None:
 
 
 def _same_places(k: CacheWrite, v: CacheWrite) -> bool:
-    places = [(w.positions, w.start, w.kept, w.offset) for w in (k, v)]
+    places = [(w.positions, w.start, w.kept, w.offset, w.partial) for w in (k, v)]
     same = k.form == v.form and k.slot_dim == v.slot_dim and k.returned == v.returned and k.born == v.born
     return same and all(same_value(a, b) for a, b in zip(*places, strict=True))
 
@@ -585,8 +583,10 @@ def _layout(side: _Operand) -> tuple[int, int, int, int] | Problem:
     batch, head, keys, channel = (left.pop(0) if role is None else role for role in roles)
     if keys != slot:
         return Problem(Reason.LAYOUT, f"tokens are placed along dim {slot} of {buffer}, the keys are its dim {keys}")
+    write = side.write
     for dim in (batch, head, channel):
-        if not known(axes.spans[dim].length == taken[dim]):
+        written = shape(write.new)[dim] if dim == write.partial and not side.own else taken[dim]
+        if axes.spans[dim].first != 0 or not known(axes.spans[dim].length == written):
             reason = Reason.PARTIAL_BATCH if dim == batch else Reason.LAYOUT
             return Problem(reason, f"{axes.spans[dim].length} of {taken[dim]} along dim {dim} of {buffer}")
     return batch, head, keys, channel
@@ -597,10 +597,13 @@ def _sizes(core: AttentionCore, k: CacheWrite, v: CacheWrite, dims: tuple[int, i
     query, key, value = shape(core.query), shape(k.cache), shape(v.cache)
     batch, head, slot, channel = dims
     pairs = [
-        ("batch", query[0], key[batch]),
-        ("batch", query[0], value[batch]),
+        *(("batch", query[0], shape(w.cache if w.partial is None else w.new)[batch]) for w in (k, v)),
+        ("caches", key[batch], value[batch]),
         ("heads", key[head], value[head]),
     ]
+    for write in (k, v):
+        if write.partial not in (None, batch):
+            return Problem(Reason.PARTIAL_BATCH, f"{write.buffer} is written along a part of dim {write.partial}")
     if k.writes:
         pairs.append(("new tokens", shape(k.new)[slot], shape(v.new)[slot]))
     for what, a, b in pairs:

@@ -30,7 +30,7 @@ struct Attend {
   const Layout *key_layout, *value_layout;
   const void *key_state, *value_state;
   Array query;  // [batch, query_heads, queries, head_dim], last dimension contiguous
-  int64_t query_heads, queries;
+  int64_t batch, query_heads, queries;  // the first `batch` sequences of the caches
   Array key, value;  // [batch, heads, tokens, ...], last dimension contiguous
   int64_t tokens;
   const int64_t* positions;  // [tokens]
@@ -601,7 +601,7 @@ class Task {
 bool admits_history(const Plan& plan) {
   const Attend& call = plan.call;
   const bool masked = call.mask.data != nullptr;
-  const int64_t rows = call.key_layout->batch;
+  const int64_t rows = call.batch;
   const int64_t heads = masked && call.mask.stride[1] ? call.query_heads : 1;
   const int64_t queries = masked && call.mask.stride[2] ? call.queries : 1;
   float bias[BLOCK + WIDTH];
@@ -676,7 +676,7 @@ void finish(const Plan& plan, const Rows& rows, int64_t batch_row, const float* 
 bool same_labels(const Attend& call, int64_t Layout::*offset, int64_t Layout::*count) {
   const Layout &key = *call.key_layout, &value = *call.value_layout;
   return key.*count == value.*count && memcmp(at<char>(call.key_state, key.*offset), at<char>(call.value_state, value.*offset),
-                                              key.batch * key.*count * sizeof(int64_t)) == 0;
+                                              call.batch * key.*count * sizeof(int64_t)) == 0;
 }
 
 enum Status : int64_t {
@@ -698,11 +698,11 @@ Status attend(const Attend& call) {
   plan.query_stride = whole_registers(key.head_dim);
   plan.out_stride = whole_registers(value.head_dim);
   lay_out(key, header[ORIGIN], header[END], call.first, call.length, plan.spans);
-  plan.exact_keys.resize(key.batch);
+  plan.exact_keys.resize(call.batch);
   plan.same_exact = same_labels(call, &Layout::sink_positions, &Layout::sinks) &&
                     same_labels(call, &Layout::window_positions, &Layout::window);
-  if (!plan.same_exact) plan.exact_values.resize(key.batch);
-  for (int64_t row = 0; row < key.batch; ++row) {
+  if (!plan.same_exact) plan.exact_values.resize(call.batch);
+  for (int64_t row = 0; row < call.batch; ++row) {
     list_exact(call, key, call.key_state, plan.origin, row, plan.exact_keys[row]);
     if (!plan.same_exact) list_exact(call, value, call.value_state, plan.origin, row, plan.exact_values[row]);
   }
@@ -710,7 +710,7 @@ Status attend(const Attend& call) {
 
   const auto spans = static_cast<int64_t>(plan.spans.size());
   plan.row_groups = (plan.rows + plan.kernels.group - 1) / plan.kernels.group;
-  const int64_t groups = key.batch * key.heads * plan.row_groups;
+  const int64_t groups = call.batch * key.heads * plan.row_groups;
   const int64_t wanted = call.threads > 1 ? (call.threads * SPLITS_PER_THREAD + groups - 1) / groups : 1;
   plan.splits = std::max<int64_t>(1, std::min(wanted, spans / SPANS_PER_SPLIT));
 
@@ -749,6 +749,7 @@ bool read(Arguments& from, Attend& call) {
   call.key_state = from.state(key);
   call.value_state = from.state(value);
   call.query = from.rows(query);
+  call.batch = query[0];
   call.query_heads = query[1];
   call.queries = query[2];
   call.key = from.rows(fresh);
@@ -762,22 +763,23 @@ bool read(Arguments& from, Attend& call) {
   call.length = from.integer();
   call.sink = from.optional_floats({call.query_heads});
   call.dense = from.optional_rows(dense);
-  call.dense_sums = from.optional_floats({key.batch, call.query_heads, call.queries});
-  call.out = from.out(call.query.dtype, {key.batch, call.query_heads, call.queries, value.head_dim});
+  call.dense_sums = from.optional_floats({call.batch, call.query_heads, call.queries});
+  call.out = from.out(call.query.dtype, {call.batch, call.query_heads, call.queries, value.head_dim});
   call.gomp_parallel = from.address();
   call.threads = from.integer();
 
   from.expect(key.key && !value.key && call.length > 0);
   from.expect(call.query_heads > 0 && call.query_heads % key.heads == 0 && call.queries > 0);
-  from.expect(query.are(key.batch, call.query_heads, call.queries, key.head_dim));
-  from.expect(fresh.are(key.batch, key.heads, call.tokens, key.head_dim));
-  from.expect(values.are(key.batch, key.heads, call.tokens, value.head_dim));
+  from.expect(call.batch > 0 && call.batch <= key.batch);
+  from.expect(query.are(call.batch, call.query_heads, call.queries, key.head_dim));
+  from.expect(fresh.are(call.batch, key.heads, call.tokens, key.head_dim));
+  from.expect(values.are(call.batch, key.heads, call.tokens, value.head_dim));
   if (mask.given) {
     const auto broadcasts = [&](int i, int64_t size) { return mask[i] == 1 || mask[i] == size; };
-    from.expect(broadcasts(0, key.batch) && broadcasts(1, call.query_heads) && broadcasts(2, call.queries));
+    from.expect(broadcasts(0, call.batch) && broadcasts(1, call.query_heads) && broadcasts(2, call.queries));
     from.expect(mask[3] == call.length);
   }
-  if (dense.given) from.expect(dense.are(key.batch, call.query_heads, call.queries, value.head_dim));
+  if (dense.given) from.expect(dense.are(call.batch, call.query_heads, call.queries, value.head_dim));
   return from.good();
 }
 

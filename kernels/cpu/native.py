@@ -284,13 +284,14 @@ class Kernels:
         key_format: str,
         value_format: str,
         sink: Tensor | None = None,
+        sequences: int | None = None,
     ) -> Tensor:
         """`reference.attend` with the formats as keys."""
         # A decoded token makes one such call for each layer: every look at a tensor from Python counts here.
         shape = key.shape
         if len(shape) == 4 and shape[2] < _TOGETHER:
             batch, heads, _, _ = shape
-            keys, values, value_dim = _layouts(key_format, value_format, batch, heads, slots)
+            keys, values, value_dim = _layouts(key_format, value_format, sequences or batch, heads, slots)
             # Strides of a single query do not matter; `empty_like` is faster than to name the sizes.
             out = query.new_empty((*query.shape[:3], value_dim)) if value_dim else torch.empty_like(query)
             status = self._attend(
@@ -302,7 +303,7 @@ class Kernels:
         forms = Format.parse(key_format), Format.parse(value_format)
         return self._attend_any(
             query, key_state, value_state, key, value, positions, mask, scale, softcap, slots, first, length, *forms,
-            sink,
+            sink, sequences,
         )  # fmt: skip
 
     def _attend_any(
@@ -322,11 +323,13 @@ class Kernels:
         key_form: Format,
         value_form: Format,
         sink: Tensor | None,
+        sequences: int | None,
     ) -> Tensor:
         """`reference.attend` of operands that are many, wrong, or not as the C++ reads them."""
-        reference.check_attend(query, key, value, positions, mask, length, key_form, value_form, sink)
+        reference.check_attend(query, key, value, positions, mask, length, key_form, value_form, sink, sequences)
         batch, heads, tokens, _ = key.shape
-        keys, values = (bind(form.key(), batch, heads, slots).layout for form in (key_form, value_form))
+        of_all = batch if sequences is None else sequences
+        keys, values = (bind(form.key(), of_all, heads, slots).layout for form in (key_form, value_form))
         rows = _rows(query), _rows(key), _rows(value)
         at = positions.long().contiguous()
         bias = None if mask is None else _mask(mask)
@@ -340,9 +343,10 @@ class Kernels:
             hides = mask is None or mask.dtype is torch.bool
 
             def history(low: int, high: int) -> tuple[Tensor, Tensor]:
-                where = batch, heads, slots, first + low, high - low
+                where = of_all, heads, slots, first + low, high - low
                 key_side = self.dequantise_stretch(key_state, *where, key_form.key())
-                return key_side, self.dequantise_stretch(value_state, *where, value_form.key())
+                value_side = self.dequantise_stretch(value_state, *where, value_form.key())
+                return key_side[:batch], value_side[:batch]
 
             read = history if many and brief and hides else None
             dense = prompt.attend(*rows, at, bias, factor, first, length, drain, self.extents, read)
@@ -359,6 +363,6 @@ class Kernels:
         elif status != _DONE:  # the caches differ, the states are wrong, or there is nothing to attend to
             return reference.attend(
                 query, key_state, value_state, key, value, positions, mask, scale, softcap, slots, first, length,
-                key_form, value_form, sink,
+                key_form, value_form, sink, sequences,
             )  # fmt: skip
         return out if out.dtype is query.dtype else out.to(query.dtype)

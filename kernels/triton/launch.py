@@ -104,6 +104,7 @@ def attend(
     value_form: Format,
     *,
     sink: Tensor | None = None,
+    sequences: int | None = None,
     wrap: Wrap = torch.library.wrap_triton,
     ptx: bool = torch.version.hip is None,
 ) -> Tensor:
@@ -111,6 +112,7 @@ def attend(
 
     Args:
         sink: float32 ``[query heads]``: a logit per head that joins the softmax and has no value.
+        sequences: of the caches; None: as many as attend.
         wrap: see the module.
         ptx: use inline assembly for NVIDIA.
     """
@@ -118,7 +120,8 @@ def attend(
     batch, heads, tokens = (int(size) for size in key.shape[:3])
     query_heads, queries = int(query.shape[1]), int(query.shape[2])
     groups = query_heads // heads
-    k, v = (_Side(form, form.layout(batch, heads, slots)) for form in (key_form, value_form))
+    of_all = batch if sequences is None else int(sequences)
+    k, v = (_Side(form, form.layout(of_all, heads, slots)) for form in (key_form, value_form))
     out = torch.empty((batch, query_heads, queries, v.dim), dtype=query.dtype, device=query.device)
     if length == 0 or out.numel() == 0:
         return out.zero_()

@@ -255,6 +255,21 @@ def test_wrong_arguments_are_named(change, message):
         attend(keys, values, **(args | change))
 
 
+def test_the_first_sequences_attend_as_among_all():
+    keys, values = pair(batch=3, heads=2)
+    for state, seed in ((keys, 0), (values, 1)):
+        state.write(normal(3, 2, 40, 16, seed=seed), torch.arange(40))
+    query, new = normal(3, 4, 2, 16, seed=2), (normal(3, 2, 2, 16, seed=3), normal(3, 2, 2, 16, seed=4))
+    states = keys.buffer, values.buffer
+    rest = torch.arange(40, 42), None, None, None, 64, 0, 42, keys.format, values.format, None
+    whole = reference.attend(query, *states, *new, *rest)
+    for count in (1, 2):
+        part = reference.attend(query[:count], *states, *(x[:count] for x in new), *rest, 3)
+        torch.testing.assert_close(part, whole[:count], atol=1e-6, rtol=1e-6)
+    with pytest.raises(ValueError, match="2 sequences attend to caches of 1"):
+        reference.attend(query[:2], *states, *(x[:2] for x in new), *rest, 1)
+
+
 def test_formats_in_the_wrong_place_are_refused():
     keys, values = pair()
     with pytest.raises(ValueError, match="the formats of a key and of a value cache"):

@@ -1,8 +1,9 @@
 """Random caches, attentions and writes from any `random.Random`: hypothesis', which shrinks, or one with a seed."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -108,6 +109,13 @@ class Attention:
     first: int = 0
     length: int = 0
     sink: Tensor | None = None
+    sequences: int | None = None
+
+    def of_first(self, count: int) -> Self:
+        """The same for the first sequences alone."""
+        mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[:count]
+        query, key, value = (x[:count] for x in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value, mask=mask, sequences=self.keys.batch)
 
     @property
     def operands(self) -> tuple:
@@ -117,10 +125,11 @@ class Attention:
         )  # fmt: skip
 
     def expected(self) -> Tensor:
-        return reference.attend(*self.operands, self.keys.format, self.values.format, self.sink)
+        return reference.attend(*self.operands, self.keys.format, self.values.format, self.sink, self.sequences)
 
     def result(self, native: Kernels) -> Tensor:
-        return native.attend(*self.operands, self.keys.format.key(), self.values.format.key(), self.sink)
+        formats = self.keys.format.key(), self.values.format.key()
+        return native.attend(*self.operands, *formats, self.sink, self.sequences)
 
 
 def mask_of(source: Source, batch: int, heads: int, queries: int, length: int, dtype: torch.dtype) -> Tensor | None:
@@ -168,7 +177,7 @@ def attention(random: Random) -> Attention:
         positions = source.integers(-2, slots + 3, count)
     length = source.choice((slots, slots, slots + 20, max(1, end), source.randint(1, slots + 5)))
     of_query = source.choice((dtype, dtype, *DTYPES))
-    return Attention(
+    case = Attention(
         query=source.laid_out(source.normal(batch, heads * groups, queries, head_dim).to(of_query)),
         keys=keys,
         values=values,
@@ -182,6 +191,7 @@ def attention(random: Random) -> Attention:
         length=length,
         sink=source.choice((None, None, source.normal(heads * groups) * 3)),
     )
+    return case.of_first(source.randint(1, batch)) if source.chance(30) else case
 
 
 @dataclass

@@ -117,6 +117,18 @@ def test_every_group_size(native, groups):
         assert_equals_the_oracle(native, example(150, groups=groups, queries=queries, new=queries))
 
 
+@pytest.mark.parametrize("bits", [16, 4, 3])
+def test_the_first_sequences_of_more(native, bits):
+    for queries, new in ((1, 1), (40, 40)):
+        case = example(150, batch=3, bits=(bits, bits), queries=queries, new=new, dtype=torch.float32)
+        case.mask = torch.rand(3, 1, queries, case.length) < 0.7
+        whole = case.result(native)
+        for count in (1, 2, 3):
+            part = case.of_first(count)
+            assert_equals_the_oracle(native, part)
+            torch.testing.assert_close(part.result(native), whole[:count], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("head_dim", [1, 2, 7, 24, 40, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("bits", [16, 5, 3])
 def test_every_head_size(native, head_dim, bits):

@@ -20,7 +20,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def attend(case: Attention, *, ptx=False):
     forms = case.keys.format, case.values.format
-    return launch.attend(*case.operands, *forms, sink=case.sink, wrap=interpreted, ptx=ptx)
+    return launch.attend(*case.operands, *forms, sink=case.sink, sequences=case.sequences, wrap=interpreted, ptx=ptx)
 
 
 def sink_of(source: Source, heads: int) -> torch.Tensor | None:

@@ -79,6 +79,10 @@ def test_a_prompt_chunk_over_history():
     assert_equals_the_oracle(small(100, queries=7, new=7, groups=3))
 
 
+def test_the_first_sequences_of_more():
+    assert_equals_the_oracle(small(70, batch=3).of_first(2))
+
+
 def test_several_parameter_sets():
     case = small(0, slots=400, sinks=0, window=1, dtype=torch.float32)
     source = Source(Random(1))
