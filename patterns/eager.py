@@ -246,7 +246,7 @@ class _Reading:
         node = self._scaled_by_sink(second)
         ours = {*self.path, *self.beside, second.node}
         for made in (*self.path, *self.beside):
-            if others := [user for user in made.users if user not in ours and user is not node]:
+            if others := [user for user in _users(made) if user not in ours and user is not node]:
                 raise _RefusedError(Reason.WEIGHTS_ESCAPE, f"{made} is used by {others[0]}")
         key_side = 0 if first.out[-1] in first.letters[0] else 1
         self._set_order(first, 1 - key_side)
@@ -405,7 +405,7 @@ class _Reading:
         weights = self.softmax
         whole = self.logits.sink is not None
         while True:
-            users = list(weights.users)
+            users = _users(weights)
             if len(users) != 1:
                 raise _RefusedError(Reason.WEIGHTS_ESCAPE, f"{weights} is used by {', '.join(u.name for u in users)}")
             node = users[0]
@@ -427,7 +427,7 @@ class _Reading:
 
     def _scaled_by_sink(self, second: _Product) -> fx.Node:
         """The node that scales the product by `sigmoid(logsumexp(logits) - sink)`; the product if there is none."""
-        scaled = list(second.node.users)
+        scaled = _users(second.node)
         if len(scaled) != 1 or scaled[0].target is not aten.mul.Tensor:
             return second.node
         left, right = scaled[0].args
@@ -745,6 +745,11 @@ def _row_maximum(node: object, logits: object) -> list[fx.Node]:
     dims, rank = argument(node, "dim"), len(shape(operand(node)))
     last = [d % rank for d in (dims if isinstance(dims, list) else [dims])] == [rank - 1]
     return [*found, node] if last and argument(node, "keepdim") else []
+
+
+def _users(node: fx.Node) -> list[fx.Node]:
+    """What reads the elements of a node: to ask for its size does not."""
+    return [user for user in node.users if user.target is not aten.sym_size.int]
 
 
 def _in_order(walk: Walk) -> bool:

@@ -31,11 +31,12 @@ WRITES = (
     "cat",
     "append",
     "grow",
+    "begin",
     "functional",
 )
 GROUPINGS = ("repeat_interleave", "expand", "enable_gqa", "view")
 PRODUCTS = ("matmul", "einsum", "bmm", "baddbmm")
-SCALES = ("query", "key", "after", "divided", "both", "none")
+SCALES = ("query", "key", "after", "divided", "both", "late", "none")
 MASKINGS = ("add", "where", "masked_fill", "finfo", "none")
 
 
@@ -46,11 +47,11 @@ class Case:
     Attributes:
         batch, heads, groups, slots, channels: sizes; there are `heads * groups` query heads.
         layout: of both caches, of `LAYOUTS`.
-        write: how new tokens get into the caches.
+        write: how new tokens get into the caches; with "begin" there are none before the first call.
         read: "whole" or "prefix", what is read of them.
         grouping: how key-value heads meet query heads.
         form: "sdpa", or one of `PRODUCTS`.
-        scale: where the logits are scaled.
+        scale: where the logits are scaled; "late": by a tensor, after they are masked.
         masking: how the mask is applied; boolean or additive by `additive`.
         mask_shape: which dims of the mask are more than 1, of "bhq".
         softcap, float32: of the softmax that is spelled out.
@@ -97,7 +98,7 @@ TWISTS = (
     # reads
     "read before", "offset", "strided", "flipped", "gathered", "rolled", "one rolled", "rounded", "times one",
     "plus one", "projected", "by slot", "centred", "normed", "crossed", "same twice", "tiled", "fewer heads",
-    "channels reversed", "extra views", "heads reversed",
+    "channels reversed", "extra views", "heads reversed", "cropped",
     # attention
     "wrong dim", "sigmoid", "masked after", "renormalised", "weights returned", "logits returned", "last dropped",
     "mask from keys", "chosen", "query from values", "temperature", "sink", "softmax twice", "causal", "positive bias",
@@ -132,6 +133,8 @@ class Module(torch.nn.Module):
         self.order = LAYOUTS[case.layout]
         self.slot = self.order.index(2)
         self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("projection", torch.eye(case.channels).flip(0) * 1.25)
+        self.register_buffer("temperature", torch.tensor(1.75))
 
     def stored(self, x):
         return x.permute(self.order)
@@ -145,7 +148,11 @@ class Module(torch.nn.Module):
         """Attention [batch, query heads, queries, channels], what else escapes, and the caches that follow."""
         case, twists = self.case, self.case.twists
         extra = []
-        if paired := keys.dim() == 5:
+        paired = "one pair" in twists and case.write == "begin"
+        if case.write == "begin":
+            k, v = k @ self.projection, v @ self.projection
+        if keys is not None and keys.dim() == 5:
+            paired = True
             keys, values = keys.unbind(0)
         if "new scaled" in twists:
             k, v = k * 1.5, v.exp()
@@ -159,12 +166,12 @@ class Module(torch.nn.Module):
             v = k
         if "new rounded" in twists:
             k = k.to(torch.bfloat16)
-        if "returns old" in twists:
+        if "returns old" in twists and keys is not None:
             extra.append(keys[..., :1].clone())
         old = keys, values
-        if "read before" in twists:
+        if "read before" in twists and keys is not None:
             old = keys.clone(), values.clone()
-        if "cleared first" in twists:
+        if "cleared first" in twists and keys is not None:
             keys.zero_()
         if "counter" in twists:
             self.counter.add_(k.shape[2])
@@ -184,7 +191,7 @@ class Module(torch.nn.Module):
             value_places = positions.flip(0)
         value_start = min(start + 1, case.slots - k.shape[2]) if "values elsewhere" in twists else start
         seen_keys, keys = self.put(keys, k, places, start)
-        if "keys only" in twists:
+        if "keys only" in twists and values is not None:
             seen_values = values
         else:
             seen_values, values = self.put(values, v, value_places, value_start)
@@ -196,7 +203,7 @@ class Module(torch.nn.Module):
             values.select(self.slot, 1).zero_()
         if "scaled in place" in twists:
             keys.mul_(1.25)
-        if "read before" in twists:
+        if "read before" in twists and old[0] is not None:
             seen_keys, seen_values = old
         out = self.attend(q, self.canonical(seen_keys), self.canonical(seen_values), mask, start + k.shape[2], extra)
         if "returns keys" in twists:
@@ -211,7 +218,7 @@ class Module(torch.nn.Module):
             out = out + self.canonical(seen_values)[:, :1, 1:2]
         if "shape only" in twists:
             out = out * keys.shape[self.slot]
-        if case.write not in ("grow", "functional"):
+        if case.write not in ("grow", "begin", "functional"):
             return out, extra, None, None
         return out, extra, *((torch.stack([keys, values]), values[:0]) if paired else (keys, values))
 
@@ -219,6 +226,9 @@ class Module(torch.nn.Module):
         """(what the attention sees, what the cache is afterwards)."""
         case, dim, tokens = self.case, self.slot, new.shape[2]
         twists = case.twists
+        if cache is None:
+            new = self.stored(new).contiguous()
+            return new, new
         target = cache
         if "half the batch" in twists:
             batch = self.order.index(0)
@@ -276,8 +286,10 @@ class Module(torch.nn.Module):
             whole = torch.cat([target, new.to(target.dtype)], dim)
             target.copy_(whole.narrow(dim, tokens, target.shape[dim]))
             return (whole, cache) if target is cache else (cache, cache)
-        elif write == "grow":
+        elif write in ("grow", "begin"):
             whole = torch.cat([target, new.to(target.dtype)], dim)
+            if "cropped" in twists and whole.shape[dim] > case.slots:
+                whole = whole[(*[slice(None)] * dim, slice(-case.slots, None))]
             return whole, whole
         elif write == "functional":
             whole = target.index_copy(dim, places, new.to(target.dtype))
@@ -287,7 +299,7 @@ class Module(torch.nn.Module):
     def attend(self, q, keys, values, mask, end, extra):
         """The attention over canonical keys and values."""
         case, twists = self.case, self.case.twists
-        if case.read == "prefix" and case.write not in ("append", "grow"):
+        if case.read == "prefix" and case.write not in ("append", "grow", "begin"):
             keys, values = keys[:, :, :end], values[:, :, :end]
         if "crossed" in twists:
             keys, values = values, keys
@@ -389,7 +401,7 @@ class Module(torch.nn.Module):
         case, twists = self.case, self.case.twists
         how = {"enable_gqa": enable_gqa}
         if case.scale != "none":
-            how["scale"] = {"query": 1.0, "key": 0.3, "both": 2, "after": None, "divided": 0.5}[case.scale]
+            how["scale"] = {"query": 1.0, "key": 0.3, "both": 2, "divided": 0.5}.get(case.scale)
         if "sigmoid" in twists or case.masking == "none":
             return F.scaled_dot_product_attention(q, keys, values, is_causal=case.additive, **how)
         mask = self.bias(mask, q.dtype) if case.additive else mask
@@ -433,6 +445,8 @@ class Module(torch.nn.Module):
             scores = torch.where(mask, scores, -math.inf)
         elif case.masking == "masked_fill":
             scores = scores.masked_fill(~mask, -math.inf)
+        if case.scale == "late":
+            scores = scores / self.temperature
         if "temperature" in twists:
             scores = scores * 0.7
         if "logits returned" in twists:
@@ -474,8 +488,8 @@ class Module(torch.nn.Module):
 def random_case(choose):
     """A case, by `choose(values)` for each of its parts."""
     slots = choose(range(6, 17))
-    write, form = choose((*WRITES, *WRITES[:4], *WRITES[6:10])), choose(("sdpa", "sdpa", *PRODUCTS))
-    room = 2 * slots if write in ("roll", "shift", "cat", "append", "grow") else slots
+    write, form = choose((*WRITES, *WRITES[:4], *WRITES[6:10], "begin")), choose(("sdpa", "sdpa", *PRODUCTS))
+    room = 2 * slots if write in ("roll", "shift", "cat", "append", "grow", "begin") else slots
     chunks = []
     for _ in range(choose((1, 2, 2, 3, 4))):
         if size := min(choose((1, 1, 1, 2, 3, 5)), room - sum(chunks), slots - 1):
@@ -517,7 +531,9 @@ def seeded_case(seed):
 
 
 def caches(case):
-    """The two cache tensors before the first call."""
+    """The two cache tensors before the first call, or None."""
+    if case.write == "begin":
+        return None, None
     generator = torch.Generator().manual_seed(case.seed)
     order = LAYOUTS[case.layout]
     slots = 0 if case.write == "grow" else case.slots
@@ -548,7 +564,7 @@ def arguments(case):
     rand = lambda *shape: torch.randn(shape, generator=generator)
     start = 0
     for tokens in case.chunks:
-        at = start if case.write == "grow" else min(start, case.slots - tokens)
+        at = start if case.write in ("grow", "begin") else min(start, case.slots - tokens)
         b, h, q = ((n if letter in case.mask_shape else 1) for n, letter in
                    ((case.batch, "b"), (case.heads * case.groups, "h"), (tokens, "q")))  # fmt: skip
         columns = sum(case.chunks) + case.slots

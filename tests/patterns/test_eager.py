@@ -378,6 +378,16 @@ def test_reading_adds_nothing_that_the_graph_needs():
     assert [n.format_node() for n in recorder.graphs[0].graph.nodes] == once
 
 
+def test_to_ask_for_a_size_is_no_use_of_logits_and_weights():
+    normal, (before,) = captured(FORMS["boolean"][0], arguments())
+    for node in list(normal.graph.nodes):
+        if node.op == "call_function":
+            with normal.graph.inserting_after(node):
+                normal.graph.call_function(torch.ops.aten.sym_size.int, (node, 0))
+    (after,) = cores(normal.graph)
+    assert (after.node, after.scale) == (before.node, before.scale)
+
+
 def test_symbolic_lengths_are_read():
     def function(q, k, v, mask):
         k, v = (x.repeat_interleave(GROUPS, 1).flatten(0, 1) for x in (k, v))
