@@ -7,7 +7,7 @@ A cache whose reads are none that we rewrite becomes `store` as well, and what t
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -76,6 +76,8 @@ class Probe:
             written now), or None.
         mask: per binding, index of the output with the attention mask, or None.
         first: per binding, index of the output with the slot of the mask's first column, or None.
+        tokens: per binding, index of the output that counts the tokens that the call writes, or None.
+        whole: per binding, whether the call reads all slots, and masks none.
     """
 
     graph: fx.GraphModule
@@ -83,6 +85,18 @@ class Probe:
     length: tuple[int | None, ...]
     mask: tuple[int | None, ...]
     first: tuple[int | None, ...]
+    tokens: tuple[int | None, ...]
+    whole: tuple[bool, ...]
+
+
+class _Wanted(NamedTuple):
+    """What a `Probe` is to compute of a binding: see there."""
+
+    held: Int | None
+    mask: fx.Node | None = None
+    first: Int = 0
+    tokens: Int | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +171,7 @@ class _Rewriter:
     examples: list[Tensor] = field(default_factory=list)
     rooms: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # by placed cache: its numbers
     numbers: list[torch.SymInt] = field(default_factory=list)
-    wanted: list[tuple[Int | None, fx.Node | None, Int]] = field(default_factory=list)
+    wanted: list[_Wanted] = field(default_factory=list)
     replaced: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
 
     @property
@@ -174,7 +188,7 @@ class _Rewriter:
             self._bind(site.key, site.dims, formats[site.key.cache])
             self._bind(site.value, site.dims, formats[site.value.cache], follows=True)
         for cache in rebuilt:
-            self.wanted.append((_held(cache.write), None, 0))
+            self.wanted.append(_Wanted(_held(cache.write)))
             self._bind(cache.write, cache.dims, formats[cache.write.cache])
         bound: list[tuple[CacheWrite, Dims]] = [(w, site.dims) for site in storing for w in (site.key, site.value)]
         bound += [(cache.write, cache.dims) for cache in rebuilt]
@@ -287,7 +301,9 @@ class _Rewriter:
         for write in (site.key, site.value):
             # What is only read is held already.
             mask = site.core.mask if site.read is not None and write.writes and write.partial is None else None
-            self.wanted.append((_held(write), mask, first))
+            with self.graph.inserting_before(site.core.node):
+                tokens = self._size(write.new, site.dims[2])
+            self.wanted.append(_Wanted(_held(write), mask, first, tokens, _reads_all(site, write)))
 
     def _replace(self, site: Site, key_format: Format, value_format: Format, *, stores: bool) -> None:
         core = site.core
@@ -606,9 +622,16 @@ def _storing(sites: Sequence[Site]) -> list[Site]:
     return [site for site in sites if chosen[site.key.cache] is site]
 
 
+def _reads_all(site: Site, write: CacheWrite) -> bool:
+    """Whether an attention reads all slots of a cache, and masks none."""
+    if site.read is None or site.core.mask is not None or site.core.is_causal:
+        return False
+    return site.read.first == 0 and known(shape(site.core.key)[2] == shape(write.cache)[site.dims[2]])
+
+
 def _held(write: CacheWrite) -> Int | None:
     """What bounds the tokens that a cache held before a write: their number, or the slots written."""
-    if write.is_ragged or write.partial is not None:  # what is left over of one sequence is another's
+    if write.is_ragged:  # what is left over of one sequence is another's
         return None
     return next((x for x in (write.positions, write.start, write.kept) if x is not None), None)
 
@@ -654,9 +677,7 @@ def _is_heavy(node: fx.Node) -> bool:
     return False
 
 
-def _probe(
-    gm: fx.GraphModule, inputs: Sequence[fx.Node], wanted: Iterable[tuple[Int | None, fx.Node | None, Int]]
-) -> Probe:
+def _probe(gm: fx.GraphModule, inputs: Sequence[fx.Node], wanted: Iterable[_Wanted]) -> Probe:
     """Cut out of the graph what is needed to compute the wanted values."""
     outputs: list[Int] = []
 
@@ -669,7 +690,7 @@ def _probe(
             outputs.append(value)
         return outputs.index(value)
 
-    rows = [(output(held), output(mask), output(first)) for held, mask, first in wanted]
+    rows = [(output(w.held), output(w.mask), output(w.first), output(w.tokens), w.whole) for w in wanted]
     return Probe(*_cut(gm, inputs, outputs), *(tuple(column) for column in zip(*rows, strict=True)))
 
 

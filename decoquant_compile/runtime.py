@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from decoquant_compile import growth
 from decoquant_compile.growth import Opened
 from decoquant_compile.handle import CacheTensor, Transients, format_of, is_whole, state_of, unpack
+from decoquant_compile.kernels.reference import admitted_columns
 from decoquant_compile.kernels.state import CacheState
 from decoquant_compile.report import GraphReport, Report, TakenOver
 from decoquant_compile.rewrite import Binding, Probe, Sizes
@@ -280,6 +281,17 @@ class PackedGraph:
         mask, first = self.probe.mask[number], self.probe.first[number]
         return None if mask is None or first is None else (outputs[mask], int(outputs[first]))
 
+    def _reads_beyond(
+        self, number: int, length: int | None, mask: tuple[Tensor, int] | None, outputs: Sequence[Any]
+    ) -> bool:
+        """Whether a call reads slots behind the tokens that it writes, as that of a ring does that has turned."""
+        at = self.probe.tokens[number]
+        if self.probe.whole[number] or length is None or mask is None or at is None:
+            return self.probe.whole[number]
+        admitted, first = mask
+        hidden = length + int(outputs[at]) - first
+        return bool(admitted_columns(admitted[..., max(0, hidden) :]).any())
+
     def _tell(self, binding: Binding, state: CacheState, *, filled: bool) -> None:
         """Tell the open sessions of a cache that is held packed now, once."""
         if state in _TOLD:
@@ -322,7 +334,8 @@ class PackedGraph:
                 length = int(length.remainder(slots).min()) if length.numel() else None
             lengths.append(length)
             masks.append(self._mask(i, outputs))
-        states = take_over(claims, lengths=lengths, masks=masks)
+        unread = {n for n, i in enumerate(foreign) if not self._reads_beyond(i, lengths[n], masks[n], outputs)}
+        states = take_over(claims, lengths=lengths, masks=masks, unread=unread)
         for state, binding, length in zip(states, bindings, lengths, strict=True):
             self._tell(binding, state, filled=length != 0)
         log.info("graph %s: took over %d cache tensors", self.report.name, len(claims))

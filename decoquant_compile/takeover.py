@@ -2,7 +2,7 @@
 
 import types
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -97,7 +97,11 @@ def obstacle(tensor: Tensor, dims: Dims | None) -> str | None:
 
 
 def take_over(
-    claims: Sequence[Claim], *, lengths: Sequence[int | None], masks: Sequence[tuple[Tensor, int] | None]
+    claims: Sequence[Claim],
+    *,
+    lengths: Sequence[int | None],
+    masks: Sequence[tuple[Tensor, int] | None],
+    unread: Collection[int] = (),
 ) -> list[CacheState]:
     """Move cache tensors into packed states, release their memory and make them handles; all of them or none.
 
@@ -111,6 +115,8 @@ def take_over(
         masks: for each, the attention mask of the first compiled call, bool (True admits) or additive
             ``[batch | 1, heads | 1, queries | 1, length]``, with the slot of its column 0. Tells where left-padded
             sequences start. None means that there is no padding.
+        unread: those, by number, of which the call reads nothing that is left over: it may be what the memory held
+            before the tensor was allocated.
 
     Returns:
         The packed state of each.
@@ -127,7 +133,10 @@ def take_over(
     ]
     if any(reasons):
         raise Obstructed(reasons)
-    states = [_ingest(claim, length, mask) for claim, length, mask in zip(claims, lengths, masks, strict=True)]
+    states = [
+        _ingest(claim, length, mask, apart=number in unread)
+        for number, (claim, length, mask) in enumerate(zip(claims, lengths, masks, strict=True))
+    ]
     handles: dict[int, tuple[Tensor, Tensor]] = {}  # by the tensor that is to become one
     stacks: dict[int, list[Tensor]] = {}
     for claim, state in sorted(zip(claims, states, strict=True), key=lambda pair: pair[0].part):
@@ -150,17 +159,19 @@ def _misfit(claim: Claim) -> str | None:
     return None if held == wanted else f"has channels and dtype {held}, but its format says {wanted}"
 
 
-def _ingest(claim: Claim, length: int | None, mask: tuple[Tensor, int] | None) -> CacheState:
+def _ingest(claim: Claim, length: int | None, mask: tuple[Tensor, int] | None, *, apart: bool) -> CacheState:
     """A packed state with the content of a dense tensor."""
     with torch.inference_mode(mode=False), torch.no_grad():
         dense = arranged(claim.cache, claim.dims)
         batch, heads, slots, _ = dense.shape
         state = CacheState.empty(claim.format, batch, heads, slots, dense.device)
-        ingest(dense, state, length, mask)
+        ingest(dense, state, length, mask, apart=apart)
     return state
 
 
-def ingest(dense: Tensor, state: CacheState, length: int | None, mask: tuple[Tensor, int] | None) -> None:
+def ingest(
+    dense: Tensor, state: CacheState, length: int | None, mask: tuple[Tensor, int] | None, *, apart: bool = False
+) -> None:
     """Write the tokens of a dense cache to an empty state; all-zero ones count as never written.
 
     Args:
@@ -168,18 +179,21 @@ def ingest(dense: Tensor, state: CacheState, length: int | None, mask: tuple[Ten
         state: of at least so many slots.
         length: see `take_over`.
         mask: see `take_over`.
+        apart: what is left over has no part in what is fitted for the others.
     """
     with torch.inference_mode(mode=False), torch.no_grad():
         if _is_blank(dense):  # as a prefill finds it
             return
         written = (dense.amax((1, 3)) != 0) | (dense.amin((1, 3)) != 0)  # [B, S], without a mask of the tensor's size
         positions = written.any(0).nonzero()[:, 0]
+        parts = [positions]
         if length is not None:  # left-overs first: the window keeps what was written last
-            positions = torch.cat((positions[positions >= length], positions[positions < length]))
-        if len(positions):
-            rows = written[:, positions]
-            admitted, first = (None, 0) if mask is None else mask
-            state.write(dense.index_select(2, positions), positions, mask=admitted, first=first, rows=rows)
+            parts = [positions[positions >= length], positions[positions < length]]
+        for part in parts if apart else [torch.cat(parts)]:
+            if len(part):
+                admitted, first = (None, 0) if mask is None else mask
+                state.begin()
+                state.write(dense.index_select(2, part), part, mask=admitted, first=first, rows=written[:, part])
 
 
 def _is_blank(tensor: Tensor) -> bool:

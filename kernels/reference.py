@@ -100,7 +100,7 @@ def _last_writers(targets: Tensor, keep: Tensor, size: int) -> Tensor:
     return keep & (owner.gather(1, target) == order)
 
 
-def _admitted(mask: Tensor) -> Tensor:
+def admitted_columns(mask: Tensor) -> Tensor:
     """Columns that some head and some query admit, bool ``[batch | 1, length]``."""
     admits = mask if mask.dtype == torch.bool else mask > _MASKED
     return admits.flatten(1, 2).any(1)
@@ -476,7 +476,7 @@ def _store_coded(
     """`store` for quantised formats, after the shift."""
     slots = sections.gains.shape[2]
     index = (absolute % slots).expand_as(keep)
-    admitted = None if mask is None else _admitted(mask)[:, max(0, -first) :]
+    admitted = None if mask is None else admitted_columns(mask)[:, max(0, -first) :]
     first = max(0, first)
     _begin(sections, absolute, keep, admitted, origin, shift, first)
     tokens = _describe(sections, form, new, absolute, keep, admitted, origin + first)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from decoquant_compile.kernels import ops
 from decoquant_compile.kernels.cpu import memory
-from decoquant_compile.kernels.format import NO_EPOCH, SET, UNSET, Format, Sections
+from decoquant_compile.kernels.format import NO_EPOCH, SET, START, UNSET, Format, Sections
 from decoquant_compile.kernels.tiles import TILE
 
 _GROWTH: Final = 1.5
@@ -74,6 +74,10 @@ class CacheState:
             )
         key = self.format.key()
         ops.store(self.buffer, new, positions, query, mask, self.slots, shift, first, key, rows)
+
+    def begin(self) -> None:
+        """Lets the next write begin a new sequence in its rows; the tokens that are held stay."""
+        self.sections().rows[:, START] = UNSET
 
     def read(self) -> Tensor:
         """The dense cache as attention sees it, ``[batch, heads, slots, head_dim]`` in ``format.dtype``."""

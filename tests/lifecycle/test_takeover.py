@@ -26,9 +26,9 @@ def claim(tensor, *, bits=16, dims=BHSD, role="key", sinks=1, window=2):
     return Claim(tensor, dims, Format(role, bits, tensor.shape[dims[3]], tensor.dtype, sinks, window))
 
 
-def take(*tensors, lengths=None, masks=None, **kwargs):
+def take(*tensors, lengths=None, masks=None, unread=(), **kwargs):
     none = [None] * len(tensors)
-    take_over([claim(t, **kwargs) for t in tensors], lengths=lengths or none, masks=masks or none)
+    take_over([claim(t, **kwargs) for t in tensors], lengths=lengths or none, masks=masks or none, unread=unread)
 
 
 def packed(shape=SHAPE, **kwargs):
@@ -317,6 +317,17 @@ def test_left_overs_are_kept_but_older(monkeypatch):
     assert torch.equal(tensor[:, :, :1], dense[:, :, :1])  # the sinks
     assert not torch.equal(tensor[:, :, 1], dense[:, :, 1])
     assert bool(tensor[:, :, 5:].any(-1).all())
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e2, 1e6, 1e30, float("nan")])
+def test_what_the_memory_held_before_spoils_no_token(size):
+    dense = torch.randn(2, 2, 60, 16)
+    tensor = torch.cat([dense, torch.randn(2, 2, 40, 16) * size], 2)
+    rest = tensor[:, :, 60:].clone()
+    take(tensor, lengths=[60], unread={0}, bits=8, sinks=1, window=2)
+    assert (tensor[:, :, :60] - dense).norm() < 0.02 * dense.norm()
+    if size <= 1e6:  # it is kept, too
+        assert (tensor[:, :, 60:] - rest).norm() < 0.02 * rest.norm()
 
 
 @pytest.mark.parametrize("additive", [False, True])
