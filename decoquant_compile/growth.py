@@ -93,7 +93,16 @@ def opened(
     return Opened(stretch.state, stretch.first, stretch.length, tokens, length)
 
 
-def copied(tensor: Tensor, dims: Dims, form: Format, tokens: int, mask: tuple[Tensor, int] | None) -> Opened:
+def copied(
+    tensor: Tensor,
+    dims: Dims,
+    form: Format,
+    tokens: int,
+    mask: tuple[Tensor, int] | None = None,
+    length: int | None = None,
+    *,
+    unread: bool = False,
+) -> Opened:
     """The content of a cache in a state of its own and of its size, for a call that returns it changed.
 
     Args:
@@ -102,6 +111,8 @@ def copied(tensor: Tensor, dims: Dims, form: Format, tokens: int, mask: tuple[Te
         form: how its tokens are to be stored.
         tokens: number of tokens to come.
         mask: see `opened`.
+        length: see `take_over`.
+        unread: whether the call reads nothing that is left over.
     """
     held = state_of(tensor, dims)
     if held is not None and held.format == form:
@@ -109,7 +120,7 @@ def copied(tensor: Tensor, dims: Dims, form: Format, tokens: int, mask: tuple[Te
     dense = arranged(tensor.dense() if isinstance(tensor, CacheTensor) else tensor, dims)
     batch, heads, slots, _ = dense.shape
     state = CacheState.empty(form, batch, heads, slots, dense.device)
-    ingest(dense, state, None, mask)
+    ingest(dense, state, length, mask, apart=unread)
     return Opened(state, 0, slots, tokens, slots)
 
 

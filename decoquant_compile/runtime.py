@@ -248,7 +248,9 @@ class PackedGraph:
                 state = CacheState.empty(binding.format, batch, heads, length, binding.device)
                 opened[i] = Opened(state, 0, 0, tokens, length)
             else:
-                opened[i] = growth.copied(tensor, binding.dims, binding.format, tokens, mask)
+                past = None if outputs is None else self._length(i, outputs, length)
+                unread = outputs is not None and not self._reads_beyond(i, past, mask, outputs)
+                opened[i] = growth.copied(tensor, binding.dims, binding.format, tokens, mask, past, unread=unread)
             taken.add(id(opened[i].state))
         for i, binding in enumerate(self.bindings):
             if binding.follows:
@@ -280,6 +282,14 @@ class PackedGraph:
         """The attention mask of a call over one cache and the slot of its first column, as `take_over` wants them."""
         mask, first = self.probe.mask[number], self.probe.first[number]
         return None if mask is None or first is None else (outputs[mask], int(outputs[first]))
+
+    def _length(self, number: int, outputs: Sequence[Any], slots: int) -> int | None:
+        """The slot of the first token that a cache of so many does not hold yet, as `take_over` wants it."""
+        at = self.probe.length[number]
+        length = None if at is None else outputs[at]
+        if isinstance(length, Tensor):  # the slots that this call writes; negative ones count from the end
+            return int(length.remainder(slots).min()) if length.numel() else None
+        return None if length is None else int(length)
 
     def _reads_beyond(
         self, number: int, length: int | None, mask: tuple[Tensor, int] | None, outputs: Sequence[Any]
@@ -327,12 +337,7 @@ class PackedGraph:
         lengths: list[int | None] = []
         masks: list[tuple[Tensor, int] | None] = []
         for i, claim in zip(foreign, claims, strict=True):
-            at = self.probe.length[i]
-            length = None if at is None else outputs[at]
-            if isinstance(length, Tensor):  # the slots that this call writes; negative ones count from the end
-                slots = claim.cache.shape[claim.dims[2]]
-                length = int(length.remainder(slots).min()) if length.numel() else None
-            lengths.append(length)
+            lengths.append(self._length(i, outputs, claim.cache.shape[claim.dims[2]]))
             masks.append(self._mask(i, outputs))
         unread = {n for n, i in enumerate(foreign) if not self._reads_beyond(i, lengths[n], masks[n], outputs)}
         states = take_over(claims, lengths=lengths, masks=masks, unread=unread)

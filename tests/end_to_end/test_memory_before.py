@@ -46,15 +46,22 @@ def first_sequences(q, k, v, start: int, cache):
     return F.scaled_dot_product_attention(q[:1], cache[0][:1, :, :end], cache[1][:1, :, :end], causal)
 
 
+def returned(q, k, v, start, cache):
+    """The cache is not written in place but made anew."""
+    positions = start + torch.arange(k.shape[2])
+    cache[:] = [x.index_copy(2, positions, new) for x, new in zip(cache, (k, v), strict=True)]
+    return F.scaled_dot_product_attention(q, *cache, torch.arange(SLOTS) <= positions[:, None])
+
+
 def calls(model):
     generator, start = torch.Generator().manual_seed(0), 0
     for tokens in [30, *[1] * 10]:
         qkv = [torch.randn(BATCH, HEADS, tokens, CHANNELS, generator=generator) for _ in range(3)]
-        yield *qkv, torch.tensor(start) if model is by_index else start
+        yield *qkv, torch.tensor(start) if model in (by_index, returned) else start
         start += tokens
 
 
-@pytest.mark.parametrize("model", [by_slice, by_index, rebuilt, first_sequences])
+@pytest.mark.parametrize("model", [by_slice, by_index, rebuilt, first_sequences, returned])
 @pytest.mark.parametrize("size", [1e2, 1e6])
 @torch.no_grad()
 def test_after_an_eager_prefill(model, size):
