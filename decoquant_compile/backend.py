@@ -259,7 +259,7 @@ def _caches(site: Site | RebuiltSite) -> list[tuple[Role, CacheWrite, Dims]]:
     """The caches of a site: role, write, layout."""
     if isinstance(site, RebuiltSite):
         return [(cache.side, cache.write, cache.dims) for cache in site.caches]
-    return [("key", site.key, site.dims), ("value", site.value, site.dims)]
+    return [("key", site.key, site.key_dims), ("value", site.value, site.value_dims)]
 
 
 def _formats(

@@ -185,12 +185,12 @@ class _Rewriter:
         storing = _storing(attended)
         for site in storing:
             self._note(site)
-            self._bind(site.key, site.dims, formats[site.key.cache])
-            self._bind(site.value, site.dims, formats[site.value.cache], follows=True)
+            self._bind(site.key, site.key_dims, formats[site.key.cache])
+            self._bind(site.value, site.value_dims, formats[site.value.cache], follows=True)
         for cache in rebuilt:
             self.wanted.append(_Wanted(_held(cache.write)))
             self._bind(cache.write, cache.dims, formats[cache.write.cache])
-        bound: list[tuple[CacheWrite, Dims]] = [(w, site.dims) for site in storing for w in (site.key, site.value)]
+        bound: list[tuple[CacheWrite, Dims]] = [side for site in storing for side in _sides(site)]
         bound += [(cache.write, cache.dims) for cache in rebuilt]
         for (write, _), binding in zip(bound, self.bindings, strict=True):
             if binding.is_placed:
@@ -297,29 +297,31 @@ class _Rewriter:
         first: Int = site.read.first if site.read is not None else 0
         if site.key.form == "roll":  # the mask is for the slots after the write, further left
             with self.graph.inserting_before(site.core.node):
-                first = self._add(first, self._size(site.key.new, site.dims[2]))
-        for write in (site.key, site.value):
+                assert site.key.kept is not None
+                after = self._add(site.key.kept, self._size(site.key.new, site.key_dims[2]))
+                first = self._add(first, self._sub(after, self._size(site.key.cache, site.key_dims[2])))
+        for write, dims in _sides(site):
             # What is only read is held already.
             mask = site.core.mask if site.read is not None and write.writes and write.partial is None else None
             with self.graph.inserting_before(site.core.node):
-                tokens = self._size(write.new, site.dims[2])
-            self.wanted.append(_Wanted(_held(write), mask, first, tokens, _reads_all(site, write)))
+                tokens = self._size(write.new, dims[2])
+            self.wanted.append(_Wanted(_held(write), mask, first, tokens, _reads_all(site)))
 
     def _replace(self, site: Site, key_format: Format, value_format: Format, *, stores: bool) -> None:
         core = site.core
         key_state, value_state = self.states[site.key.cache], self.states[site.value.cache]
         with self.graph.inserting_before(_after_all(site)):
-            key, value = self._tokens(site.key, site.dims), self._tokens(site.value, site.dims)
+            key, value = self._tokens(site.key, site.key_dims), self._tokens(site.value, site.value_dims)
             tokens = self._size(key, 2) if site.key.writes else 0
             length = self._size(core.key, 2)
-            key_slots, first = self._place(site.key, site)
-            value_slots, _ = self._place(site.value, site)
+            key_slots, first = self._place(site)
+            value_slots = key_slots if site.value.grows else self._room(site.value, site.value_dims)[0]
             mask = self._mask(site, length)
-            _, shown = self._room(site.key, site.dims)
+            _, shown = self._room(site.key, site.key_dims)
             stored, shift = self._placing(site.key, tokens, key_slots, shown, key)
             column = self._column(site, self._sub(key_slots, tokens), shift)
             real = None if column is None else mask
-            everybody = None if site.key.partial is None else self._roles(site.key.cache, site.dims)[0]
+            everybody = None if site.key.partial is None else self._roles(site.key.cache, site.key_dims)[0]
 
             def store(state: fx.Node, new: fx.Node, query: fx.Node | None, slots: Int, format_: Format) -> None:
                 hidden, rows = real, None
@@ -510,10 +512,10 @@ class _Rewriter:
             new.meta["val"] = arranged(value, dims)
         return new
 
-    def _place(self, write: CacheWrite, site: Site) -> tuple[Int, Int]:
-        """Slots of a state, and which of them is the first key of the attention."""
+    def _place(self, site: Site) -> tuple[Int, Int]:
+        """Slots of the keys' state, and which of them is the first key of the attention."""
         first: Int = site.read.first if site.read is not None else 0
-        slots, shown = self._room(site.key if write.grows else write, site.dims)
+        slots, shown = self._room(site.key, site.key_dims)
         return slots, self._add(shown, first)
 
     def _room(self, write: CacheWrite, dims: Dims) -> tuple[Int, Int]:
@@ -560,7 +562,7 @@ class _Rewriter:
             shift: how far the write moves the cache to the left.
         """
         if site.key.form == "cat":
-            return self._place(site.key, site)[1] if site.read is not None else None
+            return self._place(site)[1] if site.read is not None else None
         if site.read is not None:
             return site.read.first if site.read.after_write else self._sub(site.read.first, shift)
         if site.key.kept is not None:
@@ -622,11 +624,16 @@ def _storing(sites: Sequence[Site]) -> list[Site]:
     return [site for site in sites if chosen[site.key.cache] is site]
 
 
-def _reads_all(site: Site, write: CacheWrite) -> bool:
+def _sides(site: Site) -> list[tuple[CacheWrite, Dims]]:
+    """How the keys' and the values' cache are written, each with its dims."""
+    return [(site.key, site.key_dims), (site.value, site.value_dims)]
+
+
+def _reads_all(site: Site) -> bool:
     """Whether an attention reads all slots of a cache, and masks none."""
     if site.read is None or site.core.mask is not None or site.core.is_causal:
         return False
-    return site.read.first == 0 and known(shape(site.core.key)[2] == shape(write.cache)[site.dims[2]])
+    return site.read.first == 0 and known(shape(site.core.key)[2] == shape(site.key.cache)[site.key_dims[2]])
 
 
 def _held(write: CacheWrite) -> Int | None:

@@ -48,7 +48,7 @@ def begin(
     slots: dict[fx.Node, int] = {}
     read: dict[fx.Node, set[tuple[fx.Node, flow.Side]]] = {}
     for node, output in tokens.items():
-        reached = {d: flow.attentions(node, d, reading, {node, output}) or set() for d in range(len(shape(node)) - 1)}
+        reached = {d: flow.attentions(node, d, reading, {node, output}) or set() for d in range(len(shape(node)))}
         dims = [d for d, found in reached.items() if found]
         # A single token may leave the dim open.
         if len(dims) == 1 and not _is_projected(node, reading) and not _is_older(node, held):

@@ -30,6 +30,7 @@ from decoquant_compile.patterns.symbols import (
     as_int,
     computed,
     dtype,
+    guarded,
     known,
     same_shape,
     same_value,
@@ -63,7 +64,7 @@ class CacheWrite:
             own.
         start: slot of the first new token; the others follow (slice form).
         kept: tail forms: slots [0, kept) held tokens, and the cache becomes the last slots of `cat(cache[:kept], new)`.
-            "roll" keeps all, and what is seen is the cache after the write; "replace" keeps none. "cat": the buffer
+            With "roll" what is seen is the cache after the write; "replace" keeps none; with "cat" the buffer
             has so many slots, and the value all of them and the new ones, or the last slots of that.
         wraps: a negative position counts from the end (index_put).
         seen: the node that an attention over the cache starts from: the tensor after the write; "append": old tokens
@@ -351,7 +352,7 @@ def _slice_scatter(buffer: fx.Node, value: fx.Node, seen: fx.Node) -> CacheWrite
 
 
 def _shifted(buffer: fx.Node, value: fx.Node, seen: fx.Node, dim: int) -> CacheWrite | Problem | None:
-    """All tokens some slots down, in place, then as many new ones at the end; None if it is no such thing."""
+    """All tokens some slots down, in place, then as many new ones at the end, or more; None if it is no such thing."""
     base, size, tokens = plain(argument(seen, "self")), shape(buffer)[dim], shape(argument(seen, "src"))[dim]
     if base.target is not aten.slice_scatter.default or plain(argument(base, "self")) is not buffer:
         return None
@@ -359,12 +360,16 @@ def _shifted(buffer: fx.Node, value: fx.Node, seen: fx.Node, dim: int) -> CacheW
     if moved.target is not aten.slice.Tensor or plain(operand(moved)) is not buffer:
         return None
     taken = sliced(moved)
-    if front is None or taken is None or (kept := as_int(size, buffer.graph)) is None:
+    if front is None or taken is None:
+        return None
+    shift = size_of(taken.first)
+    kept = as_int(size + shift - tokens, buffer.graph)
+    if kept is None or not guarded(shift <= tokens):
         return None
     places = [argument(node, "dim") % len(shape(node)) == dim for node in (base, moved)]
     start = size_of(argument(seen, "start") or 0)
     at_end = argument(seen, "step") == 1 and (known(start == -tokens) or known(start == size - tokens))
-    fits = [known(size_of(s.first) == n) and known(s.length == size - tokens) for s, n in ((front, 0), (taken, tokens))]
+    fits = [known(size_of(front.first) == 0), *(known(s.length == size - shift) for s in (front, taken))]
     if not all(places) or not all(fits) or not at_end:
         return None
     return _placed(CacheWrite("roll", buffer, value, argument(seen, "src"), dim, seen, kept=kept), tokens)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from decoquant_compile import _compat
-from decoquant_compile.patterns.symbols import argument, computed, dtype, known, shape, size_of
+from decoquant_compile.patterns.symbols import argument, computed, dtype, guarded, known, shape, size_of
 
 aten = torch.ops.aten
 
@@ -80,13 +79,42 @@ def _guard_slice(scatter: fx.Node) -> None:
     start, dim = argument(scatter, "start"), argument(scatter, "dim") % len(shape(scatter))
     sizes = enumerate(zip(shape(argument(scatter, "src")), shape(scatter), strict=True))
     for condition in (size_of(start or 0) >= 0, *(mine == whole for d, (mine, whole) in sizes if d != dim)):
-        if isinstance(condition, torch.SymBool) and _compat.is_backed(condition):
-            bool(condition)  # asking adds the guard
+        guarded(condition)
 
+
+def _fill_by_itself(like: fx.Node) -> None:
+    """A new tensor of a given size takes only dtype and device of another, which need not be computed for that."""
+    source, target = like.args[0], _FILLED[like.target]
+    assert isinstance(source, fx.Node)
+    if source.op == "placeholder":
+        return
+    value = like.meta["val"]
+    values = [argument(like, "fill_value")] if like.target is aten.new_full.default else []
+    with like.graph.inserting_before(like):
+        made = computed(
+            like.graph,
+            target,
+            argument(like, "size"),
+            *values,
+            dtype=value.dtype,
+            device=value.device,
+            pin_memory=False,
+        )
+    like.replace_all_uses_with(made)
+    like.graph.erase_node(like)
+
+
+_FILLED: dict[Any, Any] = {
+    aten.new_ones.default: aten.ones.default,
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_full.default: aten.full.default,
+    aten.new_empty.default: aten.empty.memory_format,
+}
 
 _RULES: dict[Callable[..., Any], Callable[[fx.Node], None]] = {
     aten.unbind.int: _select_each,
     aten.index_put.default: _widen_indices,
     aten.cat.default: _scatter,
     aten.slice_scatter.default: _guard_slice,
+    **dict.fromkeys(_FILLED, _fill_by_itself),
 }

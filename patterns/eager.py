@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -714,6 +714,9 @@ def _product(node: fx.Node) -> _Product:
         words = (*letters, out)
         if len(letters) != 2 or not arrow or any(not w.isalpha() or len(set(w)) != len(w) for w in words):
             raise _RefusedError(Reason.ATTENTION_FORM, f"{node}: {equation}")
+        alone = [{x for x in word if x not in other + out} for word, other in (letters, letters[::-1])]
+        tensors = [_without(*of) for of in zip(tensors, letters, alone, strict=True)]
+        letters = ["".join(x for x in word if x not in lone) for word, lone in zip(letters, alone, strict=True)]
         if len(out) < 3:
             raise _RefusedError(Reason.ATTENTION_RANK, f"{node} has {len(out)} dims")
         return _Product(node, (tensors[0], tensors[1]), (letters[0], letters[1]), out)
@@ -726,6 +729,17 @@ def _product(node: fx.Node) -> _Product:
     outer = "uvw"[: max(ranks) - 2]
     mine, theirs = (outer[len(outer) + 2 - rank :] for rank in ranks)
     return _Product(node, (left, right), (mine + "ij", theirs + "jk"), outer + "ik")
+
+
+def _without(tensor: fx.Node, letters: str, alone: Collection[str]) -> fx.Node:
+    """A tensor without dims that an Einstein sum takes from it alone, which are of size 1: one key-value head."""
+    dims = [d for d, letter in enumerate(letters) if letter in alone]
+    if not all(known(shape(tensor)[d] == 1) for d in dims):
+        raise _RefusedError(Reason.ATTENTION_FORM, f"an einsum sums {tensor} over more than the channels")
+    for dim in reversed(dims):
+        with tensor.graph.inserting_after(tensor):
+            tensor = computed(tensor.graph, aten.squeeze.dim, tensor, dim)
+    return tensor
 
 
 def _row_maximum(node: object, logits: object) -> list[fx.Node]:

@@ -11,7 +11,6 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import fx
 
-from decoquant_compile import _compat
 from decoquant_compile.patterns import blocks, flow
 from decoquant_compile.patterns.attention import anchors, cores, readers
 from decoquant_compile.patterns.blocks import Expansion
@@ -19,7 +18,7 @@ from decoquant_compile.patterns.cache import CacheWrite, parse, parse_returned
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.movement import Repeat, Walk, moves, operand, peel, plain
 from decoquant_compile.patterns.reject import Problem, Reason, Reject
-from decoquant_compile.patterns.symbols import Int, Size, argument, dtype, known, same_value, shape, size_of
+from decoquant_compile.patterns.symbols import Int, Size, argument, dtype, guarded, known, same_value, shape, size_of
 
 aten = torch.ops.aten
 
@@ -70,7 +69,8 @@ class Site:
         key: how the keys' cache is written.
         value: the same for the values; same form, same positions.
         read: which slots the attention sees; None: only the tokens of this call, it stays as it is.
-        dims: which dim of the cache tensors is batch, head, slot, channel.
+        key_dims: which dim of the keys' cache is batch, head, slot, channel.
+        value_dims: the same of the values'.
         groups: query heads for each key-value head: query head h reads key-value head h // groups.
     """
 
@@ -78,7 +78,8 @@ class Site:
     key: CacheWrite
     value: CacheWrite
     read: CacheRead | None
-    dims: tuple[int, int, int, int]
+    key_dims: tuple[int, int, int, int]
+    value_dims: tuple[int, int, int, int]
     groups: int
 
 
@@ -410,11 +411,9 @@ class _Matcher:
         key_dims, value_dims = _layout(key), _layout(value)
         if isinstance(key_dims, Problem) or isinstance(value_dims, Problem):
             return _worse(key_dims, value_dims)
-        if key_dims != value_dims:
-            return Problem(Reason.LAYOUT, f"keys {key_dims}, values {value_dims}")
-        problem = _sizes(core, k, v, key_dims)
+        problem = _sizes(core, (k, key_dims), (v, value_dims))
         groups = _groups(core, key, key_dims[1])
-        read = _read(key, value, key_dims[2])
+        read = _read(key, value, (key_dims[2], value_dims[2]))
         for result in (problem, groups, read):
             if isinstance(result, Problem):
                 return result
@@ -423,7 +422,7 @@ class _Matcher:
         if key.walk.factor != 1:
             scale = shape(core.query)[-1] ** -0.5 if core.scale is None else core.scale
             core = replace(core, scale=scale * key.walk.factor)
-        return Site(core, k, v, read, key_dims, groups)
+        return Site(core, k, v, read, key_dims, value_dims, groups)
 
     def _share(self, group: Sequence[Site | Problem]) -> Problem | None:
         """What keeps all attentions over one cache from being rewritten together."""
@@ -431,8 +430,9 @@ class _Matcher:
         for other in group:
             if isinstance(other, Problem):
                 return Problem(Reason.SHARED_CACHE, f"{sites[0].key.cache}: another attention stays: {other.detail}")
-        if any(site.dims != sites[0].dims for site in sites):
-            return Problem(Reason.SHARED_CACHE, f"{sites[0].key.cache}: {[site.dims for site in sites]}")
+        dims = [(site.key_dims, site.value_dims) for site in sites]
+        if any(x != dims[0] for x in dims):
+            return Problem(Reason.SHARED_CACHE, f"{sites[0].key.cache}: {dims}")
         if len({site.read.after_write for site in sites if site.read is not None}) > 1:
             return Problem(Reason.SHARED_CACHE, f"{sites[0].key.cache} is read before and after the write")
         return self._escape(sites)
@@ -549,16 +549,15 @@ def _is_even(core: AttentionCore) -> bool:
 
 
 def _agree(k: CacheWrite, v: CacheWrite) -> None:
-    """Guard that keys and values that grow were of one length, where their shapes by themselves do not tell."""
+    """Guard that keys and values that grow were, and become, of one length, where their shapes do not tell."""
     if k.form == v.form == "cat" and k.kept is not None and v.kept is not None:
-        condition = size_of(k.kept) == size_of(v.kept)
-        if isinstance(condition, torch.SymBool) and _compat.is_backed(condition):
-            bool(condition)  # asking adds the guard
+        for a, b in ((size_of(k.kept), size_of(v.kept)), (shape(k.new)[k.slot_dim], shape(v.new)[v.slot_dim])):
+            guarded(a == b)
 
 
 def _same_places(k: CacheWrite, v: CacheWrite) -> bool:
-    places = [(w.positions, w.start, w.kept, w.offset, w.partial) for w in (k, v)]
-    same = k.form == v.form and k.slot_dim == v.slot_dim and k.returned == v.returned and k.born == v.born
+    places = [(w.positions, w.start, w.kept, w.offset, w.partial is None) for w in (k, v)]
+    same = k.form == v.form and k.returned == v.returned and k.born == v.born
     return same and all(same_value(a, b) for a, b in zip(*places, strict=True))
 
 
@@ -592,27 +591,30 @@ def _layout(side: _Operand) -> tuple[int, int, int, int] | Problem:
     return batch, head, keys, channel
 
 
-def _sizes(core: AttentionCore, k: CacheWrite, v: CacheWrite, dims: tuple[int, int, int, int]) -> Problem | None:
-    """What keeps queries, new tokens and caches from being of one size."""
-    query, key, value = shape(core.query), shape(k.cache), shape(v.cache)
-    batch, head, slot, channel = dims
-    pairs = [
-        *(("batch", query[0], shape(w.cache if w.partial is None else w.new)[batch]) for w in (k, v)),
-        ("caches", key[batch], value[batch]),
-        ("heads", key[head], value[head]),
-    ]
-    for write in (k, v):
+def _sizes(core: AttentionCore, *sides: tuple[CacheWrite, tuple[int, int, int, int]]) -> Problem | None:
+    """What keeps queries, new tokens and caches from being of one size.
+
+    Args:
+        core: the attention.
+        sides: how the caches of keys and values are written, each with its dims.
+    """
+    pairs: list[tuple[str, Size, Size]] = []
+    roles: list[list[Size]] = []
+    for write, dims in sides:
+        batch, _, slot, channel = dims
         if write.partial not in (None, batch):
             return Problem(Reason.PARTIAL_BATCH, f"{write.buffer} is written along a part of dim {write.partial}")
-    if k.writes:
-        pairs.append(("new tokens", shape(k.new)[slot], shape(v.new)[slot]))
+        if not isinstance(shape(write.cache)[channel], int):
+            return Problem(Reason.UNDECIDED_SIZE, f"the channels of {write.cache} are not constant")
+        mine = write.cache if write.partial is None else write.new
+        pairs.append(("batch", shape(core.query)[0], shape(mine)[batch]))
+        roles.append([*(shape(write.cache)[d] for d in dims[:2]), shape(write.new)[slot]])
+    names = ("caches", "heads", *(("new tokens",) if sides[0][0].writes else ()))
+    pairs += zip(names, *roles, strict=False)
     for what, a, b in pairs:
         if not known(a == b):
             decided = isinstance(a, int) and isinstance(b, int)
             return Problem(Reason.LAYOUT if decided else Reason.UNDECIDED_SIZE, f"{what}: {a} and {b}")
-    for cache in (k.cache, v.cache):
-        if not isinstance(shape(cache)[channel], int):
-            return Problem(Reason.UNDECIDED_SIZE, f"the channels of {cache} are not constant")
     return None
 
 
@@ -631,19 +633,19 @@ def _groups(core: AttentionCore, key: _Operand, head: int) -> int | Problem:
     return groups
 
 
-def _read(key: _Operand, value: _Operand, slot: int) -> CacheRead | Problem | None:
+def _read(key: _Operand, value: _Operand, slots: tuple[int, int]) -> CacheRead | Problem | None:
     if key.own:
         return None
-    spans = [side.walk.axes.spans[slot] for side in (key, value)]
+    spans = [side.walk.axes.spans[slot] for side, slot in zip((key, value), slots, strict=True)]
     if key.write.form in ("append", "cat"):
-        sizes = [shape(side.walk.source)[slot] for side in (key, value)]
+        sizes = [shape(side.walk.source)[slot] for side, slot in zip((key, value), slots, strict=True)]
         if all(known(s.length == size) for s, size in zip(spans, sizes, strict=True)):
             return CacheRead(key.write.offset, after_write=False)
         tail = key.write.form == "cat" and same_value(spans[0].first, spans[1].first)
         # Of old slots only: all new ones are seen.
         if not tail or not all(
             known(size_of(s.first) + s.length == size) and known(s.length >= shape(side.write.new)[slot])
-            for s, size, side in zip(spans, sizes, (key, value), strict=True)
+            for s, size, side, slot in zip(spans, sizes, (key, value), slots, strict=True)
         ):
             return Problem(Reason.UNKNOWN_MOVEMENT, f"a slice of {key.walk.source}")
         return CacheRead(spans[0].first, after_write=False)

@@ -19,6 +19,13 @@ def known(condition: bool | torch.SymBool) -> bool:
     return _compat.statically_known_true(condition)
 
 
+def guarded(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds, which is a guard of the graph from now on; undecidable is False."""
+    if isinstance(condition, torch.SymBool):
+        return _compat.is_backed(condition) and bool(condition)  # asking adds the guard
+    return condition
+
+
 def shape(node: fx.Node) -> tuple[Size, ...]:
     """Sizes of a node's tensor; empty where it has none (a SymInt, a tuple)."""
     value = node.meta.get("val")

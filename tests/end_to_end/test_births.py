@@ -50,6 +50,14 @@ def stacked(x, past):
     return attention(q, present[0], present[1]), present
 
 
+def keys_transposed(x, past):
+    q, k, v = projected(x)
+    k = k.transpose(2, 3).contiguous()
+    if past is not None:
+        k, v = torch.cat([past[0], k], 3), torch.cat([past[1], v], 2)
+    return attention(q, k.transpose(2, 3), v), (k, v)
+
+
 def side_by_side(x, past):
     """Keys and values in one tensor: rebuilt."""
     q, k, v = projected(x)
@@ -91,7 +99,7 @@ def tensors(cache):
     return [cache] if isinstance(cache, torch.Tensor) else list(cache)
 
 
-@pytest.mark.parametrize("model", [pair, slots_first, stacked, *REBUILT])
+@pytest.mark.parametrize("model", [pair, slots_first, stacked, keys_transposed, *REBUILT])
 @pytest.mark.parametrize("dynamic", [None, True])
 @torch.no_grad()
 def test_the_first_call_packs(model, dynamic):

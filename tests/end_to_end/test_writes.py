@@ -85,3 +85,32 @@ def test_a_part_of_the_batch_leaves_the_rest():
                 assert torch.equal(now[2], expected[2])
             assert distance(got, after(*call)) < noise(4)  # it writes what is read exactly
         assert_packed(model.caches)
+
+
+@torch.no_grad()
+def test_a_window_that_moves_by_what_overflows():
+    """Pointers count in Python; a window that is not full gets several tokens more than it has room for."""
+    slots = 16
+
+    def model(q, k, v, held: int, cache):
+        tokens = k.shape[2]
+        if (over := held + tokens - slots) > 0:
+            for x in cache:
+                x[:, :, :-over] = x[:, :, over:].clone()
+            held -= over
+        for x, new in zip(cache, (k, v), strict=True):
+            x[:, :, held : held + tokens] = new
+        end = held + tokens
+        causal = torch.ones(tokens, end, dtype=torch.bool).tril(held)
+        return F.scaled_dot_product_attention(q, cache[0][:, :, :end], cache[1][:, :, :end], causal)
+
+    cache, twin = ([torch.zeros(2, 2, slots, 16) for _ in range(2)] for _ in range(2))
+    held = 0
+    with packing(bits=16) as session:
+        compiled = torch.compile(model)
+        for tokens in (12, 2, 3, 1, 5):
+            call = [torch.randn(2, 2, tokens, 16) for _ in range(3)]
+            assert distance(compiled(*call, held, cache), model(*call, held, twin)) < NOISE
+            assert all(torch.equal(x.dense(), y) for x, y in zip(cache, twin, strict=True))
+            held = min(held + tokens, slots)
+    assert write_forms(session) == {"slice", "roll"}

@@ -146,6 +146,16 @@ def test_a_shift_in_place(tokens, dynamic):
     assert tuple(parsed.new.meta["val"].shape)[2] == tokens or dynamic
 
 
+@pytest.mark.parametrize(("shift", "tokens"), [(1, 3), (3, 3)])
+def test_a_shift_of_a_cache_that_was_not_full(shift, tokens):
+    def write(c, x):
+        c[:, :, :-shift] = c[:, :, shift:].clone()
+        c[:, :, -tokens:] = x
+
+    parsed = written(write, cache(), new(tokens))
+    assert (parsed.form, parsed.kept, parsed.slot_dim) == ("roll", SLOTS + shift - tokens, 2)
+
+
 @pytest.mark.parametrize(
     "places", [(slice(-3), slice(2, -1), slice(-3, None)), (slice(-2), slice(2, None), slice(-3, -1))]
 )

@@ -50,6 +50,19 @@ def test_indices_become_wide():
     assert put.args[1][2].meta["val"].dtype == torch.int64
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.new_ones(3, 4),
+        lambda x: x.new_zeros(3, 4, dtype=torch.bool),
+        lambda x: x.new_full((3, 4), 7.0),
+    ],
+)
+def test_a_new_tensor_is_not_made_of_another(make):
+    graph = folded(lambda x: make(x.exp()) + 1, X)
+    assert aten.exp.default not in targets(graph)
+
+
 def test_slots_around_new_ones_are_a_write():
     graph = folded(lambda x, new: torch.cat((x[:, :, :3], new, x[:, :, 5:]), 2), X, NEW)
     assert targets(graph) == [aten.slice_scatter.default]

@@ -94,6 +94,12 @@ def hidden_before_a_tensor_for_each_head_scales(q, k, v, mask):
 
 
 @form(scale=1.0, mask=torch.bool)
+def one_head_summed_away(q, k, v, mask):
+    logits = torch.einsum("bhqd,bzkd->bhqk", q, k[:, :1]).masked_fill(~mask, -math.inf)
+    return torch.einsum("bhqk,bzkd->bhqd", logits.softmax(-1), v[:, :1])
+
+
+@form(scale=1.0, mask=torch.bool)
 def boolean(q, k, v, mask):
     k, v = repeat(k, v)
     return (q @ k.mT).masked_fill(~mask, -math.inf).softmax(-1) @ v
@@ -590,6 +596,12 @@ def weights_transposed(q, k, v, mask):
 def summed_over_the_queries(q, k, v, mask):
     (k,) = repeat(k)
     return torch.einsum("bhqk,bhqd->bhkd", (q @ k.mT).softmax(-1), q)
+
+
+@miss(Reason.ATTENTION_FORM, "over more than the channels")
+def heads_summed_away(q, k, v, mask):
+    logits = torch.einsum("bhqd,bzkd->bhqk", q, k)
+    return torch.einsum("bhqk,bzkd->bhqd", logits.softmax(-1), v)
 
 
 @miss(Reason.ATTENTION_FORM, "sums over more than the keys")

@@ -86,7 +86,7 @@ def test_full_attention(name):
     assert forms(recorder) == [("index_copy",) * 2]
     for site in recorder.results[0]:
         assert site.read == CacheRead(0, after_write=True)
-        assert (site.dims, site.groups) == ((0, 1, 2, 3), 2)
+        assert (site.key_dims, site.groups) == ((0, 1, 2, 3), 2)
         assert site.core.mask is not None
         assert site.key.positions is site.value.positions
     buffers = [n for s in recorder.results[0] for n in (s.key.buffer, s.value.buffer)]
@@ -170,7 +170,7 @@ def test_an_index_put_in_slots_before_heads():
     q, k, v, keys, values, positions, mask = cached_arguments()
     keys, values = (x.transpose(1, 2).contiguous() for x in (keys, values))
     (site,) = sites(results_of(function, q, k, v, keys, values, positions, mask))
-    assert (site.key.slot_dim, site.dims, site.groups) == (1, (0, 2, 1, 3), GROUPS)
+    assert (site.key.slot_dim, site.key_dims, site.groups) == (1, (0, 2, 1, 3), GROUPS)
 
 
 def test_slices_of_a_growing_prefix():
@@ -199,7 +199,7 @@ def test_slices_in_slots_before_heads_at_a_symbolic_start():
 
     q, *rest = cached_arguments()[:5]
     (site,) = sites(results_of(function, q, *(x.transpose(1, 2).contiguous() for x in rest), 3, dynamic=True))
-    assert (site.key.form, site.dims, site.groups) == ("slice", (0, 2, 1, 3), GROUPS)
+    assert (site.key.form, site.key_dims, site.groups) == ("slice", (0, 2, 1, 3), GROUPS)
     assert isinstance(site.key.start.meta["val"], torch.SymInt)
 
 
