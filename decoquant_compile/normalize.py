@@ -305,16 +305,23 @@ def _in_place(name: str) -> bool:
 def _is_input(node: object) -> bool:
     """Whether a value of Dynamo's graph is an input itself.
 
-    In-place methods return the tensor they write; `to` and `contiguous` return their tensor if it is that already.
+    In-place methods and operators (`x += 1`) return the tensor they write; `to` and `contiguous` return their tensor if
+    it is that already.
     """
-    while isinstance(node, fx.Node) and node.op == "call_method" and (_writes(node) or _is_same(node)):
+    while isinstance(node, fx.Node) and (
+        (node.op == "call_method" and (_writes(node) or _is_same(node)))
+        or (node.op == "call_function" and node.target in _IN_PLACE_OPERATORS and _shares(node))
+    ):
         node = node.args[0]
     return isinstance(node, fx.Node) and node.op == "placeholder"
 
 
 def _is_same(node: fx.Node) -> bool:
     """Whether a conversion had nothing to convert."""
-    if node.target not in ("to", "contiguous"):
-        return False
+    return node.target in ("to", "contiguous") and _shares(node)
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether a node is in the memory of its first argument."""
     given: Any = node.args[0]
     return _storages([node]) == _storages([given]) != set()

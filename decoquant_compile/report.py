@@ -20,10 +20,10 @@ from decoquant_compile.patterns.reject import Reject
 class Untouched(enum.Enum):
     """Why a whole graph went to Inductor as it came."""
 
-    NO_ATTENTION = "the graph holds no attention"
+    NO_ATTENTION = "the graph holds no attention that we recognise (no softmax, no fused attention)"
     GRADIENTS = "the graph records gradients; run generation under torch.no_grad() or torch.inference_mode()"
     UNSUPPORTED = "the graph cannot be brought into normal form"
-    NO_SITE = "no attention over a cache that we can hold"
+    NO_SITE = "no attention that we recognise over a cache that we can hold"
     INTERNAL_ERROR = "our pass failed; please report it"
 
 

@@ -110,8 +110,9 @@ def expansion(core: AttentionCore, seen: Mapping[fx.Node, int]) -> Expansion | N
                 return None
     if (slots.get(core.key), slots.get(core.value)) != (2, 2) or not needed.issuperset(seen):
         return None
-    nodes = {node: dim for node, dim in slots.items() if node not in seen}
-    return Expansion(dict(seen), nodes, along)
+    found = Expansion(dict(seen), {node: dim for node, dim in slots.items() if node not in seen}, along)
+    # A loop takes no floating-point number that is an input of the graph.
+    return None if any(isinstance(n.meta.get("val"), torch.SymFloat) for n in found.others) else found
 
 
 def _is_new(node: fx.Node) -> bool:

@@ -499,7 +499,7 @@ def _dims(write: CacheWrite) -> Dims | None:
 
     Batches stand outside of heads, and channels inside of all but slots. With three dims there are no heads; with five,
     one of size 2 that is not the channels' makes two sequences of one, or two heads of one. Where that is wrong, the
-    cache is stored less well, and read as well.
+    cache is stored less well, and read as well. A single channel would take more memory packed: it is a scale.
     """
     cache, slot, sizes = write.cache, write.slot_dim, shape(write.cache)
     if not 3 <= len(sizes) <= 5 or dtype(cache) not in _FLOATS:
@@ -515,7 +515,7 @@ def _dims(write: CacheWrite) -> Dims | None:
         batch, head = ((pair, first), last) if pair == 0 else (first, (pair, last))
     elif len(others) == 2:
         head = others[1]
-    if write.partial not in (None, batch) or not isinstance(sizes[channel], int):
+    if write.partial not in (None, batch) or not isinstance(sizes[channel], int) or sizes[channel] == 1:
         return None
     return batch, head, slot, channel
 

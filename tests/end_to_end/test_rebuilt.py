@@ -351,3 +351,52 @@ def test_growing_caches_of_three_dims(bits, whole):
                 assert distance(got, expected) < noise(bits)
             at += ids.shape[1]
         assert_packed([tensor for layer in caches for tensor in layer])
+
+
+@torch.no_grad()
+def test_scales_of_codes_are_no_caches():
+    """Packed, one channel would take more memory than it has."""
+
+    def model(q, k, v, positions, codes, scales):
+        for code, scale, new in zip(codes, scales, (k, v), strict=True):
+            size = new.abs().amax(-1, keepdim=True) / 127
+            code[:, :, positions], scale[:, :, positions] = (new / size).round().to(torch.int8), size
+        keys, values = (code * scale for code, scale in zip(codes, scales, strict=True))
+        mask = torch.arange(keys.shape[2]) <= positions[:, None]
+        return F.scaled_dot_product_attention(q, keys, values, mask)
+
+    codes = [torch.zeros(1, 2, 32, 16, dtype=torch.int8) for _ in range(2)]
+    scales = [torch.zeros(1, 2, 32, 1) for _ in range(2)]
+    torch.compiler.reset()
+    with pytest.warns(UserWarning, match="no attention was rewritten"), decoquant_compile.enable(bits=8):
+        torch.compile(model)(*(torch.randn(1, 2, 3, 16) for _ in range(3)), torch.arange(3), codes, scales)
+    assert {type(x) for x in (*codes, *scales)} == {torch.Tensor}
+
+
+@torch.no_grad()
+def test_a_number_of_the_model_between_cache_and_attention_keeps_it_whole():
+    """With dynamic shapes it is an input of the graph, which no loop takes."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.keys, self.values = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+            self.number = 2.378
+
+        def forward(self, q, x, memory):
+            memory = torch.cat([memory, x], 1)
+            k, v = (
+                y.unflatten(-1, (2, 16)).transpose(1, 2) for y in (self.keys(memory) / self.number, self.values(memory))
+            )
+            return (q @ k.mT).softmax(-1) @ v, memory
+
+    model, memory, twin = Scaled(), torch.zeros(1, 0, 32), torch.zeros(1, 0, 32)
+    with packing(bits=16) as session:
+        compiled = torch.compile(model, dynamic=True)
+        for tokens in (12, 2, 3):
+            q, x = torch.randn(1, 2, tokens, 16), torch.randn(1, tokens, 32)
+            expected, twin = model(q, x, twin)
+            got, memory = compiled(q, x, memory)
+            assert distance(got, expected) < NOISE
+    assert {f.form for f in session.report().findings} == {"eager, rebuilt"}

@@ -114,3 +114,46 @@ def test_a_window_that_moves_by_what_overflows():
             assert all(torch.equal(x.dense(), y) for x, y in zip(cache, twin, strict=True))
             held = min(held + tokens, slots)
     assert write_forms(session) == {"slice", "roll"}
+
+
+class Counting(torch.nn.Module):
+    """The next slot is a buffer that each call moves, as in Flax ports and torchtune's cache."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.move = move
+        self.register_buffer("index", torch.zeros((), dtype=torch.int64))
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(2, 2, SLOTS, 16))
+
+    def forward(self, q, k, v):
+        positions = self.index + torch.arange(k.shape[2])
+        self.keys[:, :, positions], self.values[:, :, positions] = k, v
+        self.move(self, k.shape[2])
+        return F.scaled_dot_product_attention(q, self.keys, self.values, torch.arange(SLOTS) <= positions[:, None])
+
+
+def by_operator(module, tokens):
+    module.index += tokens
+
+
+def by_method(module, tokens):
+    module.index.add_(tokens)
+
+
+def by_assignment(module, tokens):
+    module.index = module.index + tokens
+
+
+@pytest.mark.parametrize("move", [by_operator, by_method, by_assignment])
+@torch.no_grad()
+def test_a_counter_beside_the_cache(move):
+    model = Counting(move)
+    twin = copy.deepcopy(model)
+    with packing(bits=16) as session:
+        forward = torch.compile(model)
+        for tokens in (7, 1, 1, 4):
+            call = [torch.randn(2, 2, tokens, 16) for _ in range(3)]
+            assert distance(forward(*call), twin(*call)) < NOISE
+            assert torch.equal(model.index, twin.index)
+    assert write_forms(session) == {"index_put"}
