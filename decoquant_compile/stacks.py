@@ -5,6 +5,7 @@ from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from decoquant_compile import _compat
@@ -179,6 +180,8 @@ def _taken_apart(normal: Normal, unit: _Unit) -> _Apart | None:
 
 def _made_apart(normal: Normal, output: fx.Node) -> Stack | None:
     """Return the parts of a stack that the graph makes in its place; None if it is used otherwise."""
+    if output.target is not torch.ops.aten.stack.default:
+        return None
     axis, parts = argument(output, "dim") % len(shape(output)), stacked(output)
     taken = parts_taken(output, axis, len(parts), is_result=True)
     if taken is None or len(set(parts)) < len(parts) or not set(parts).isdisjoint(normal.outputs):

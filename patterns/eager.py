@@ -688,13 +688,13 @@ class _Reading:
                 made = computed(self.graph, aten.zeros_like.default, tensor, dtype=torch.float32)
             elif dtype(made) != torch.float32:
                 made = computed(self.graph, aten.to.dtype, made, torch.float32)
-            least = min(term.factor, _VERY_NEGATIVE)
-            if term.rows and least > -math.inf:
+            number = min(term.factor, _VERY_NEGATIVE)
+            if term.rows and number > -math.inf:
                 device = tensor.meta["val"].device
-                value = computed(self.graph, aten.full.default, [1], least, dtype=torch.float32, device=device)
-                made = computed(self.graph, aten.where.self, tensor, self._scaled(value, term.rows), made)
+                fill = computed(self.graph, aten.full.default, [1], number, dtype=torch.float32, device=device)
+                made = computed(self.graph, aten.where.self, tensor, self._scaled(fill, term.rows), made)
             else:
-                made = computed(self.graph, aten.masked_fill.Scalar, made, tensor, least)
+                made = computed(self.graph, aten.masked_fill.Scalar, made, tensor, number)
         return made
 
     def _scaled(self, node: fx.Node, rows: Sequence[_Rows]) -> fx.Node:
