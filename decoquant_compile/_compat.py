@@ -465,6 +465,12 @@ def graph_breaks() -> Counter[str]:
     return Counter(dynamo_counters["graph_break"])
 
 
+def is_cut(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo ends a graph before the end of its frame: it returns whatever is still needed there."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and bool(reason.graph_break)
+
+
 def symbol_inputs(graph: fx.Graph, values: Iterable[object]) -> list[fx.Node]:
     """The inputs of a graph that carry the symbols in the sizes of tensors; other values have none."""
     sizes: list[Any] = [n for x in values if isinstance(x, Tensor) for n in x.shape if isinstance(n, torch.SymInt)]

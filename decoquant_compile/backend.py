@@ -165,7 +165,8 @@ def _search(
     traced = gm.graph.find_nodes(op="placeholder")
     _compat.make_constant(traced[normal.placeholders.index(node)] for node in computed_scales(normal.graph))
     held = [node for node, x in zip(normal.placeholders, example_inputs, strict=True) if isinstance(x, CacheTensor)]
-    begun = births.begin(normal.graph, normal.outputs, [value for value, _ in normal.mutations], held)
+    returned = () if _compat.is_cut(gm) else normal.outputs
+    begun = births.begin(normal.graph, returned, [value for value, _ in normal.mutations], held)
     stacks = unstack(normal, begun, whole)
     inputs, placeholders = with_parts(example_inputs, stacks), normal.placeholders
     tensor_of = {

@@ -21,6 +21,7 @@ from decoquant_compile.patterns import blocks
 from decoquant_compile.patterns.cache import CacheWrite
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.match import RebuiltCache, RebuiltSite, Site
+from decoquant_compile.patterns.movement import moves
 from decoquant_compile.patterns.symbols import Int, known, shape
 from decoquant_compile.stacks import Stack
 
@@ -77,7 +78,7 @@ class Probe:
         mask: per binding, index of the output with the attention mask, or None.
         first: per binding, index of the output with the slot of the mask's first column, or None.
         tokens: per binding, index of the output that counts the tokens that the call writes, or None.
-        whole: per binding, whether the call reads all slots, and masks none.
+        reads_all: per binding, whether the call reads all slots, and masks none.
     """
 
     graph: fx.GraphModule
@@ -86,7 +87,7 @@ class Probe:
     mask: tuple[int | None, ...]
     first: tuple[int | None, ...]
     tokens: tuple[int | None, ...]
-    whole: tuple[bool, ...]
+    reads_all: tuple[bool, ...]
 
 
 class _Wanted(NamedTuple):
@@ -96,7 +97,7 @@ class _Wanted(NamedTuple):
     mask: fx.Node | None = None
     first: Int = 0
     tokens: Int | None = None
-    whole: bool = False
+    reads_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -338,7 +339,7 @@ class _Rewriter:
                 result = self.graph.call_function(ops.attend, (*arguments, *sizes))
                 for target, others in core.result:
                     result = self.graph.call_function(target, (result, *others))
-                self.replaced.append((core.node, result))
+                self.replaced.append((core.node, self._laid_out(result, core.node)))
 
             appended = site.read is not None and not site.read.after_write
             if appended:  # the attention sees the cache as it was
@@ -351,6 +352,16 @@ class _Rewriter:
                 store(value_state, value, None, value_slots, value_format)
             if site.read is not None and not appended:
                 attend(stored)
+
+    def _laid_out(self, result: fx.Node, old: fx.Node) -> fx.Node:
+        """The result of an attention with the strides of the one before, where the graph's caller may see them."""
+        value = old.meta["val"]
+        if value.is_contiguous() or not _is_shown(old):
+            return result
+        places = sorted(range(value.dim()), key=lambda d: -_compat.hint_of(value.stride(d)))
+        result = self.graph.call_function(aten.permute.default, (result, places))
+        result = self.graph.call_function(aten.clone.default, (result,), {"memory_format": torch.contiguous_format})
+        return self.graph.call_function(aten.permute.default, (result, [places.index(d) for d in range(len(places))]))
 
     def _loop(self, sites: Sequence[RebuiltSite], formats: Mapping[fx.Node, Format]) -> dict[fx.Node, fx.Node]:
         """Let attentions make their keys and values of a block of slots at a time, where they can.
@@ -464,6 +475,8 @@ class _Rewriter:
         tokens, written = self._size(new, 2), self._size(new, 0)
         missing = self._sub(batch, written)
         rows = self._arange(0, batch, new)
+        # As a fallback of Inductor, the padding wants its operand so.
+        new = self.graph.call_function(aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
         new = self.graph.call_function(aten.constant_pad_nd.default, (new, [0] * 7 + [missing]))
         rows = self.graph.call_function(aten.lt.Scalar, (rows, written))
         rows = self.graph.call_function(aten.unsqueeze.default, (rows, 1))
@@ -561,6 +574,8 @@ class _Rewriter:
             tail: slot of the first new token where the new tokens are the last of the cache.
             shift: how far the write moves the cache to the left.
         """
+        if site.read is None and not known(shape(site.core.key)[2] == shape(site.key.new)[site.key_dims[2]]):
+            return None  # the mask is for more tokens than are written
         if site.key.form == "cat":
             return self._place(site)[1] if site.read is not None else None
         if site.read is not None:
@@ -612,6 +627,19 @@ class _Rewriter:
         if isinstance(a, int) and isinstance(b, int):
             return function(a, b)
         return self.graph.call_function(function, (a, b))
+
+
+def _is_shown(node: fx.Node) -> bool:
+    """Whether a graph returns a node, or a view of it."""
+    todo, seen = [node], set[fx.Node]()
+    while todo:
+        for user in todo.pop().users:
+            if user.op == "output":
+                return True
+            if moves(user) and user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return False
 
 
 def _storing(sites: Sequence[Site]) -> list[Site]:
@@ -697,7 +725,7 @@ def _probe(gm: fx.GraphModule, inputs: Sequence[fx.Node], wanted: Iterable[_Want
             outputs.append(value)
         return outputs.index(value)
 
-    rows = [(output(w.held), output(w.mask), output(w.first), output(w.tokens), w.whole) for w in wanted]
+    rows = [(output(w.held), output(w.mask), output(w.first), output(w.tokens), w.reads_all) for w in wanted]
     return Probe(*_cut(gm, inputs, outputs), *(tuple(column) for column in zip(*rows, strict=True)))
 
 

@@ -294,10 +294,10 @@ class PackedGraph:
     def _reads_beyond(
         self, number: int, length: int | None, mask: tuple[Tensor, int] | None, outputs: Sequence[Any]
     ) -> bool:
-        """Whether a call reads slots behind the tokens that it writes, as that of a ring does that has turned."""
+        """Whether a call is known to read slots behind the tokens that it writes, as that of a ring that has turned."""
         at = self.probe.tokens[number]
-        if self.probe.whole[number] or length is None or mask is None or at is None:
-            return self.probe.whole[number]
+        if self.probe.reads_all[number] or length is None or mask is None or at is None:
+            return self.probe.reads_all[number]
         admitted, first = mask
         hidden = length + int(outputs[at]) - first
         return bool(admitted_columns(admitted[..., max(0, hidden) :]).any())

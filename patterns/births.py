@@ -18,13 +18,17 @@ aten = torch.ops.aten
 
 _RANKS = range(3, 6)
 _TABLE = 2
+_SPLITTING = {
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int),
+    *(aten.slice.Tensor, aten.select.int),
+}
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def begin(
-    graph: fx.Graph, outputs: Collection[object], values: Collection[fx.Node] = (), held: Collection[fx.Node] = ()
+    graph: fx.Graph, outputs: Collection[object], written: Collection[fx.Node] = (), held: Collection[fx.Node] = ()
 ) -> dict[fx.Node, fx.Node]:
-    """Write keys and values that are returned as a cache without slots, followed by them: so later calls write theirs.
+    """Write keys and values that are returned as `cat(nothing, tokens)`, the form in which later calls write.
 
     Of each attention keys and values both are returned, alone or as parts of a stack, and nothing else uses them. Keys
     may be computed from what is returned slot by slot, such as by a rotation, but not by a linear layer: its input, the
@@ -33,15 +37,15 @@ def begin(
     Args:
         graph: a normalised graph; it is changed in place and does the same.
         outputs: what it returns to its caller.
-        values: what it writes to its inputs.
+        written: what it writes to its inputs.
         held: its inputs that are caches.
 
     Returns:
         The caches, each with the tokens that stood in its place.
     """
     tokens: dict[fx.Node, fx.Node] = {}  # with what is returned of them
-    for output in (x for x in dict.fromkeys(outputs) if isinstance(x, fx.Node) and x not in values):
-        tokens |= {x: output for x in stacked(output) if _is_new(x)}
+    for output in (x for x in dict.fromkeys(outputs) if isinstance(x, fx.Node) and x not in written):
+        tokens |= {x: output for x in stacked(output) if _may_begin(x)}
     if not tokens:
         return {}
     reading = readers(graph)
@@ -51,7 +55,8 @@ def begin(
         reached = {d: flow.attentions(node, d, reading, {node, output}) or set() for d in range(len(shape(node)))}
         dims = [d for d, found in reached.items() if found]
         # A single token may leave the dim open.
-        if len(dims) == 1 and not _is_projected(node, reading) and not _is_older(node, held):
+        alike = len(dims) == 1 and not _is_projected(node, reading) and not _is_older(node, held)
+        if alike and (len({side for _, side in reached[dims[0]]}) == 1 or _is_split(node, output)):
             slots[node], read[node] = dims[0], reached[dims[0]]
     while partial := {node for node, found in read.items() if not _is_whole(found, read)}:
         for node in partial:
@@ -67,10 +72,16 @@ def undo(births: dict[fx.Node, fx.Node], kept: Collection[fx.Node]) -> None:
             cache.graph.erase_node(cache)
 
 
-def _is_new(node: fx.Node) -> bool:
+def _may_begin(node: fx.Node) -> bool:
     """Whether a returned tensor is made in this call, and is no cache by its form."""
     made = node.op == "call_function" and dtype(node) in _FLOATS and len(shape(node)) in _RANKS
     return made and parse_returned(node) is None
+
+
+def _is_split(node: fx.Node, output: fx.Node) -> bool:
+    """Whether keys are one part of a tensor and values another: otherwise it may be any state that is attended to."""
+    users = [user for user in node.users if user.op != "output" and user is not output]
+    return all(user.target in _SPLITTING for user in users)
 
 
 def _is_projected(node: fx.Node, reading: Collection[fx.Node]) -> bool:

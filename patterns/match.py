@@ -210,7 +210,8 @@ class _Matcher:
         if write.writes:
             self.new[write.new] = None if write.new in self.new else write
             new = write.new  # of a prompt longer than a window the last tokens
-            if new.target is aten.slice.Tensor and argument(new, "dim") % len(shape(new)) == write.slot_dim:
+            along = new.target is aten.slice.Tensor and argument(new, "dim") % len(shape(new)) == write.slot_dim
+            if along and argument(new, "step") == 1:
                 self.new[operand(new)] = None if operand(new) in self.new else write
 
     def run(self) -> list[Site | RebuiltSite | Reject]:
@@ -608,8 +609,9 @@ def _sizes(core: AttentionCore, *sides: tuple[CacheWrite, tuple[int, int, int, i
             return Problem(Reason.UNDECIDED_SIZE, f"the channels of {write.cache} are not constant")
         mine = write.cache if write.partial is None else write.new
         pairs.append(("batch", shape(core.query)[0], shape(mine)[batch]))
-        roles.append([*(shape(write.cache)[d] for d in dims[:2]), shape(write.new)[slot]])
-    names = ("caches", "heads", *(("new tokens",) if sides[0][0].writes else ()))
+        slots = 0 if write.grows else shape(write.cache)[slot]
+        roles.append([*(shape(write.cache)[d] for d in dims[:2]), slots, shape(write.new)[slot]])
+    names = ("caches", "heads", "slots", *(("new tokens",) if sides[0][0].writes else ()))
     pairs += zip(names, *roles, strict=False)
     for what, a, b in pairs:
         if not known(a == b):

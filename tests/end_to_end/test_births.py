@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import decoquant_compile
 from decoquant_compile import CacheTensor
 from tests.end_to_end.harness import NOISE, SMALL, distance, noise, packing
 
@@ -184,3 +185,37 @@ def test_a_cropped_cache_that_is_read():
                 torch.testing.assert_close(got, expected, atol=NOISE, rtol=NOISE)
                 assert [x.shape for x in cache] == [x.shape for x in twin]
                 assert torch.equal(cache[0].dense(), twin[0])
+
+
+@torch.no_grad()
+def test_what_lives_across_a_graph_break_is_no_cache():
+    def model(x):
+        q, k, v = projected(x)
+        out = attention(q, k, v)
+        torch._dynamo.graph_break()
+        return out, k.norm(dim=-1).topk(4).indices, v.sum(2)
+
+    x = torch.randn(BATCH, 40, WIDTH)
+    torch.compiler.reset()
+    with pytest.warns(UserWarning, match="no attention was rewritten"), decoquant_compile.enable(bits=4, **SMALL):
+        got = torch.compile(model)(x)
+    for mine, theirs in zip(got, model(x), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@torch.no_grad()
+def test_the_result_of_attention_has_the_strides_that_it_had():
+    def model(x, past):
+        q, k, v = projected(x)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True), (k, v)
+
+    past = None
+    with packing(bits=16):
+        compiled = torch.compile(model)
+        for x in calls([20, 3, 1]):
+            expected, _ = model(x, None)
+            out, past = compiled(x, past)
+            assert out.stride() == expected.stride()
+            assert out.transpose(1, 2).view(BATCH, x.shape[1], -1).is_contiguous()

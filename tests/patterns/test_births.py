@@ -52,6 +52,17 @@ def an_encoder(x, wk, wv):
     return F.scaled_dot_product_attention(projected(x, wk), projected(hidden, wk), projected(hidden, wv)), hidden
 
 
+def a_state_that_is_pooled(x, wk, wv):
+    hidden = torch.tanh(x @ wk)
+    return F.scaled_dot_product_attention((x @ wv)[:, None], hidden[:, None], hidden[:, None]), hidden
+
+
+def side_by_side(x, wk, wv):
+    both = torch.cat([x @ wk, x @ wv], -1)
+    k, v = both.chunk(2, -1)
+    return F.scaled_dot_product_attention((x @ wv + 1)[:, None], k[:, None], v[:, None]), both
+
+
 def counted(x, wk, wv):
     out, k, v = attended(x, wk, wv)
     return out, k, v, torch.count_nonzero(k)
@@ -77,6 +88,8 @@ def of_ranks_two(x, wk, wv):
         (keys_alone, 0),
         (used_elsewhere, 0),
         (an_encoder, 0),
+        (a_state_that_is_pooled, 0),
+        (side_by_side, 1),
         (counted, 0),
         (a_view_too, 0),
         (without_attention, 0),
