@@ -178,9 +178,8 @@ def _search(
     formats = _formats([r for r in results if not isinstance(r, Reject)], normal, inputs, options)
     findings: list[Finding] = []
     planned: dict[int, Plan] = {}  # by the number of the finding
-    limited: set[fx.Node | int] = (
-        set()
-    )  # the tensors that are packed by now, and the places of those with several caches
+    # The tensors that are packed by now, and the places of those with several caches.
+    limited: set[fx.Node | int] = set()
     for result in results:
         finding, plan = _decide(result, normal, formats, options, limited, tensor_of)
         if plan is not None:

@@ -120,7 +120,7 @@ def copied(
     dense = arranged(tensor.dense() if isinstance(tensor, CacheTensor) else tensor, dims)
     batch, heads, slots, _ = dense.shape
     state = CacheState.empty(form, batch, heads, slots, dense.device)
-    ingest(dense, state, length, mask, apart=unread)
+    ingest(dense, state, length, mask, unread=unread)
     return Opened(state, 0, slots, tokens, slots)
 
 

@@ -134,7 +134,7 @@ def take_over(
     if any(reasons):
         raise Obstructed(reasons)
     states = [
-        _ingest(claim, length, mask, apart=number in unread)
+        _ingest(claim, length, mask, unread=number in unread)
         for number, (claim, length, mask) in enumerate(zip(claims, lengths, masks, strict=True))
     ]
     handles: dict[int, tuple[Tensor, Tensor]] = {}  # by the tensor that is to become one
@@ -159,18 +159,18 @@ def _misfit(claim: Claim) -> str | None:
     return None if held == wanted else f"has channels and dtype {held}, but its format says {wanted}"
 
 
-def _ingest(claim: Claim, length: int | None, mask: tuple[Tensor, int] | None, *, apart: bool) -> CacheState:
+def _ingest(claim: Claim, length: int | None, mask: tuple[Tensor, int] | None, *, unread: bool) -> CacheState:
     """A packed state with the content of a dense tensor."""
     with torch.inference_mode(mode=False), torch.no_grad():
         dense = arranged(claim.cache, claim.dims)
         batch, heads, slots, _ = dense.shape
         state = CacheState.empty(claim.format, batch, heads, slots, dense.device)
-        ingest(dense, state, length, mask, apart=apart)
+        ingest(dense, state, length, mask, unread=unread)
     return state
 
 
 def ingest(
-    dense: Tensor, state: CacheState, length: int | None, mask: tuple[Tensor, int] | None, *, apart: bool = False
+    dense: Tensor, state: CacheState, length: int | None, mask: tuple[Tensor, int] | None, *, unread: bool = False
 ) -> None:
     """Write the tokens of a dense cache to an empty state; all-zero ones count as never written.
 
@@ -179,7 +179,7 @@ def ingest(
         state: of at least so many slots.
         length: see `take_over`.
         mask: see `take_over`.
-        apart: what is left over has no part in what is fitted for the others.
+        unread: what is left over is not read, and has no part in what is fitted for the others.
     """
     with torch.inference_mode(mode=False), torch.no_grad():
         if _is_blank(dense):  # as a prefill finds it
@@ -189,7 +189,7 @@ def ingest(
         parts = [positions]
         if length is not None:  # left-overs first: the window keeps what was written last
             parts = [positions[positions >= length], positions[positions < length]]
-        for part in parts if apart else [torch.cat(parts)]:
+        for part in parts if unread else [torch.cat(parts)]:
             if len(part):
                 admitted, first = (None, 0) if mask is None else mask
                 state.begin()

@@ -12,7 +12,7 @@ from decoquant_compile.patterns.attention import readers
 from decoquant_compile.patterns.cache import parse_returned
 from decoquant_compile.patterns.movement import peel
 from decoquant_compile.patterns.stacks import stacked
-from decoquant_compile.patterns.symbols import computed, dtype, known, shape
+from decoquant_compile.patterns.symbols import FLOATS, computed, dtype, known, shape
 
 aten = torch.ops.aten
 
@@ -22,7 +22,6 @@ _SPLITTING = {
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int),
     *(aten.slice.Tensor, aten.select.int),
 }
-_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def begin(
@@ -74,7 +73,7 @@ def undo(births: dict[fx.Node, fx.Node], kept: Collection[fx.Node]) -> None:
 
 def _may_begin(node: fx.Node) -> bool:
     """Whether a returned tensor is made in this call, and is no cache by its form."""
-    made = node.op == "call_function" and dtype(node) in _FLOATS and len(shape(node)) in _RANKS
+    made = node.op == "call_function" and dtype(node) in FLOATS and len(shape(node)) in _RANKS
     return made and parse_returned(node) is None
 
 
@@ -115,7 +114,7 @@ def _is_older(node: fx.Node, held: Collection[fx.Node]) -> bool:
         if made in seen or made.target in flow.PRODUCTS:
             continue
         seen.add(made)
-        wide = dtype(made) in _FLOATS and sum(not known(size == 1) for size in shape(made)) > _TABLE
+        wide = dtype(made) in FLOATS and sum(not known(size == 1) for size in shape(made)) > _TABLE
         if made in held or (made.op == "placeholder" and wide):
             return True
         todo += made.all_input_nodes

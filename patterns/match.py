@@ -18,7 +18,18 @@ from decoquant_compile.patterns.cache import CacheWrite, parse, parse_returned
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.movement import Repeat, Walk, moves, operand, peel, plain
 from decoquant_compile.patterns.reject import Problem, Reason, Reject
-from decoquant_compile.patterns.symbols import Int, Size, argument, dtype, guarded, known, same_value, shape, size_of
+from decoquant_compile.patterns.symbols import (
+    FLOATS,
+    Int,
+    Size,
+    argument,
+    dtype,
+    guarded,
+    known,
+    same_value,
+    shape,
+    size_of,
+)
 
 aten = torch.ops.aten
 
@@ -119,7 +130,6 @@ class RebuiltSite:
         return {cache.write.buffer for cache in self.caches}
 
 
-_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 _LINEAR = {
     aten.linear.default,
     aten.matmul.default,
@@ -401,7 +411,7 @@ class _Matcher:
                 names = ", ".join(n.name for n in self.read_by[cache])
                 return Problem(Reason.SHARED_CACHE, f"{cache} is read with other caches: {names}")
         for side in (key, value):
-            if dtype(side.write.cache) not in _FLOATS:
+            if dtype(side.write.cache) not in FLOATS:
                 return Problem(Reason.DTYPE, f"{side.write.cache} is {dtype(side.write.cache)}")
             source = side.walk.axes.dtypes[0]
             if not side.own and any(t not in (source, torch.float32) for t in side.walk.axes.dtypes):
@@ -503,7 +513,7 @@ def _dims(write: CacheWrite) -> Dims | None:
     cache is stored less well, and read as well. A single channel would take more memory packed: it is a scale.
     """
     cache, slot, sizes = write.cache, write.slot_dim, shape(write.cache)
-    if not 3 <= len(sizes) <= 5 or dtype(cache) not in _FLOATS:
+    if not 3 <= len(sizes) <= 5 or dtype(cache) not in FLOATS:
         return None
     *others, channel = (d for d in range(len(sizes)) if d != slot)
     batch: Group = others[0]

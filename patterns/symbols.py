@@ -9,6 +9,9 @@ from torch import fx
 
 from decoquant_compile import _compat
 
+FLOATS = {torch.float32, torch.bfloat16, torch.float16}
+"""Element types of a cache."""
+
 Size = int | torch.SymInt
 Int = int | fx.Node
 """A constant, or a node whose value is a SymInt."""

@@ -209,9 +209,9 @@ def measure(
         torch.compiler.reset()
         traced = torch.compile(subject.model.forward, backend=matcher)
         for number, cell in enumerate(cells):
-            got = _measure(subject, traced, matcher, cell, before)
+            got, expected = _measure(subject, traced, matcher, cell, before)
             if bits and not cell.refused and cell.rewritten:
-                plain[number] = _plainly(subject, cell)
+                plain[number] = expected or list(_logits(subject, torch.compile(subject.model.forward), cell))
                 if options:
                     cell.checks[bits[0]] = Check.of(got, plain[number], bits[0])
             yield cell
@@ -242,23 +242,22 @@ def _compiled(
     return ours, contextlib.nullcontext() if attention == "flex" else _compat.quick_compile()
 
 
-def _plainly(subject: Subject, cell: Cell) -> list[Tensor]:
-    """Logits of plain PyTorch."""
-    forward = subject.model.forward
-    # Outside of torch.compile flex_attention compiles itself, for every shape: minutes.
-    return list(_logits(subject, torch.compile(forward) if cell.attention == "flex" else forward, cell))
-
-
 def _measure(
     subject: Subject, compiled: Callable[..., Any], matcher: Matcher, cell: Cell, before: Counter[str]
-) -> list[Tensor]:
-    """Fill in the attentions of a cell, or why it is refused; its logits."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Fill in the attentions of a cell, or why it is refused.
+
+    Returns:
+        Its logits, and those of plain PyTorch, [] where that was not run.
+    """
+    expected: list[Tensor] = []
     try:
-        if cell.attention != "flex":  # see `_plainly`
-            list(_logits(subject, subject.model.forward, cell))
+        # Outside of torch.compile flex_attention compiles itself, for every shape: minutes.
+        if cell.attention != "flex":
+            expected = list(_logits(subject, subject.model.forward, cell))
     except Exception as error:  # noqa: BLE001 - whatever the library raises is its answer
         cell.refused = one_line(error)
-        return []
+        return [], []
     got: list[Tensor] = []
     try:
         seen: set[int] = set()
@@ -275,7 +274,7 @@ def _measure(
             cell.refused = f"torch.compile: {one_line(plain)}"
         else:
             cell.attentions.append(Attention("", "", "ERROR", one_line(error)))
-    return got
+    return got, expected
 
 
 def _attentions(
