@@ -324,6 +324,7 @@ def packed(
         rewritten.kept,
         handles,
         rewritten.bindings,
+        rewritten.again,
         found.stacks,
         rewritten.probe,
         rewritten.sizes,

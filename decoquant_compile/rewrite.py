@@ -126,10 +126,13 @@ class Rewritten:
     """A graph on packed state.
 
     Attributes:
-        gm: ready for Inductor; its inputs are Dynamo's inputs `kept`, then one state buffer for each binding, then, for
-            each binding that `is_placed`, the slots of its state and the first slot of what the input shows.
+        gm: ready for Inductor; its inputs are Dynamo's inputs `kept`, then one state buffer for each binding, then the
+            buffers `again`, then, for each binding that `is_placed`, the slots of its state and the first slot of what
+            the input shows.
         kept: positions, among the inputs of the graph as it came, of those that the graph still takes.
         bindings: the cache tensors, in the order of the state buffers: keys and values in turn.
+        again: numbers of the bindings whose buffers come in once more, one for each further write: a compiler makes
+            only the last write to an input in place, and copies the input for others.
         examples: example buffers and numbers for the compiler.
         probe: what takeover needs to know.
         sizes: of the caches that are returned.
@@ -138,6 +141,7 @@ class Rewritten:
     gm: fx.GraphModule
     kept: tuple[int, ...]
     bindings: tuple[Binding, ...]
+    again: tuple[int, ...]
     examples: tuple[Tensor | torch.SymInt, ...]
     probe: Probe
     sizes: Sizes
@@ -169,6 +173,8 @@ class _Rewriter:
     stacks: Sequence[Stack] = ()
     bindings: list[Binding] = field(default_factory=list)
     states: dict[fx.Node, fx.Node] = field(default_factory=dict)  # by cache tensor
+    again: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)  # by cache and its further writes
+    attended: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # by cache: reads since its last write
     examples: list[Tensor] = field(default_factory=list)
     rooms: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # by placed cache: its numbers
     numbers: list[torch.SymInt] = field(default_factory=list)
@@ -184,15 +190,20 @@ class _Rewriter:
         attended = [self._full_mask(site) for site in sites if isinstance(site, Site)]
         rebuilt = list({c.write.cache: c for s in sites if isinstance(s, RebuiltSite) for c in s.caches}.values())
         storing = _storing(attended)
-        for site in storing:
+        first = list({site.key.cache: site for site in reversed(storing)}.values())[::-1]  # of each cache
+        for site in first:
             self._note(site)
             self._bind(site.key, site.key_dims, formats[site.key.cache])
             self._bind(site.value, site.value_dims, formats[site.value.cache], follows=True)
         for cache in rebuilt:
             self.wanted.append(_Wanted(_held(cache.write)))
             self._bind(cache.write, cache.dims, formats[cache.write.cache])
-        bound: list[tuple[CacheWrite, Dims]] = [side for site in storing for side in _sides(site)]
+        bound: list[tuple[CacheWrite, Dims]] = [side for site in first for side in _sides(site)]
         bound += [(cache.write, cache.dims) for cache in rebuilt]
+        for site in storing:
+            if site not in first:
+                self._bind_again(site.key)
+                self._bind_again(site.value)
         for (write, _), binding in zip(bound, self.bindings, strict=True):
             if binding.is_placed:
                 self._make_room(write)
@@ -226,26 +237,38 @@ class _Rewriter:
         left = gm.graph.find_nodes(op="placeholder")
         kept = tuple(inputs.index(node) for node in left if node in inputs)
         examples: tuple[Tensor | torch.SymInt, ...] = (*self.examples, *self.numbers)
-        return Rewritten(gm, kept, tuple(self.bindings), examples, probe, sizes)
+        caches_again = [list(self.states).index(cache) for cache, _ in self.again]
+        return Rewritten(gm, kept, tuple(self.bindings), tuple(caches_again), examples, probe, sizes)
 
     def _bind(self, write: CacheWrite, dims: Dims, format_: Format, *, follows: bool = False) -> None:
         index = None if write.born else self.normal.placeholders.index(write.buffer)
         outputs = tuple(i for i, x in enumerate(self.normal.outputs) if write.returned and x is write.value)
         itself = tuple(i for i, x in enumerate(self.normal.outputs) if not write.returned and x is write.cache)
         device = write.cache.meta["val"].device
-        last = self.graph.find_nodes(op="placeholder")[-1]
-        number = len(self.states)
-        with self.graph.inserting_after(last):
-            state = self.graph.placeholder(f"decoquant_state_{number}")
-        example = torch.empty(_EXAMPLE_BYTES + 64 * number, dtype=torch.uint8, device=device)
-        _compat.add_input_source(state, example, state.name)
-        self.states[write.cache] = state
-        self.examples.append(example)
+        self.states[write.cache] = self._add_state(device)
         source = "" if write.born else self.normal.source(write.buffer)
         grows = write.grows
         self.bindings.append(
             Binding(index, source, dims, format_, device, outputs, itself, grows, grows and follows, write.writes)
         )
+
+    def _bind_again(self, write: CacheWrite) -> None:
+        """Add an input that is the state of a cache again, for another write."""
+        self.again[write.cache, write.value] = self._add_state(write.cache.meta["val"].device)
+
+    def _add_state(self, device: torch.device) -> fx.Node:
+        number = len(self.examples)
+        last = self.graph.find_nodes(op="placeholder")[-1]
+        with self.graph.inserting_after(last):
+            state = self.graph.placeholder(f"decoquant_state_{number}")
+        example = torch.empty(_EXAMPLE_BYTES + 64 * number, dtype=torch.uint8, device=device)
+        _compat.add_input_source(state, example, state.name)
+        self.examples.append(example)
+        return state
+
+    def _state(self, write: CacheWrite) -> fx.Node:
+        """The input that a write changes, and those read who come after it."""
+        return self.again.get((write.cache, write.value), self.states[write.cache])
 
     def _make_room(self, write: CacheWrite) -> None:
         """Add the inputs that tell where the tokens of a growing cache stand."""
@@ -310,8 +333,8 @@ class _Rewriter:
 
     def _replace(self, site: Site, key_format: Format, value_format: Format, *, stores: bool) -> None:
         core = site.core
-        key_state, value_state = self.states[site.key.cache], self.states[site.value.cache]
-        with self.graph.inserting_before(_after_all(site)):
+        key_state, value_state = self._state(site.key), self._state(site.value)
+        with self.graph.inserting_before(site.place):
             key, value = self._tokens(site.key, site.key_dims), self._tokens(site.value, site.value_dims)
             tokens = self._size(key, 2) if site.key.writes else 0
             length = self._size(core.key, 2)
@@ -323,9 +346,12 @@ class _Rewriter:
             column = self._column(site, self._sub(key_slots, tokens), shift)
             real = None if column is None else mask
             everybody = None if site.key.partial is None else self._roles(site.key.cache, site.key_dims)[0]
+            earlier = self.attended.pop(site.key.cache) if stores and key_state is not self.states[site.key.cache] else []
 
             def store(state: fx.Node, new: fx.Node, query: fx.Node | None, slots: Int, format_: Format) -> None:
                 hidden, rows = real, None
+                if earlier:
+                    new = self.graph.call_function(ops.after, (new, earlier))
                 if everybody is not None:
                     new, rows = self._padded(new, everybody)
                     query = query and self._padded(query, everybody)[0]
@@ -337,6 +363,7 @@ class _Rewriter:
                 arguments = (core.query, key_state, value_state, key, value, positions, mask, core.scale, core.softcap)
                 sizes = (key_slots, first, length, key_format.key(), value_format.key(), core.sink, everybody)
                 result = self.graph.call_function(ops.attend, (*arguments, *sizes))
+                self.attended.setdefault(site.key.cache, []).append(result)
                 for target, others in core.result:
                     result = self.graph.call_function(target, (result, *others))
                 self.replaced.append((core.node, self._laid_out(result, core.node)))
@@ -643,13 +670,13 @@ def _is_shown(node: fx.Node) -> bool:
 
 
 def _storing(sites: Sequence[Site]) -> list[Site]:
-    """Of the sites over one cache that which stores: the first, or the last where they read the cache as it was."""
-    chosen: dict[fx.Node, Site] = {}
+    """Of the sites over one write that which stores: the first, or the last where they read the cache as it was."""
+    chosen: dict[tuple[fx.Node, fx.Node], Site] = {}
     for site in sites:
         appended = site.read is not None and not site.read.after_write
-        if appended or site.key.cache not in chosen:
-            chosen[site.key.cache] = site
-    return [site for site in sites if chosen[site.key.cache] is site]
+        if appended or (site.key.cache, site.key.value) not in chosen:
+            chosen[site.key.cache, site.key.value] = site
+    return [site for site in sites if chosen[site.key.cache, site.key.value] is site]
 
 
 def _sides(site: Site) -> list[tuple[CacheWrite, Dims]]:
@@ -669,17 +696,6 @@ def _held(write: CacheWrite) -> Int | None:
     if write.is_ragged:  # what is left over of one sequence is another's
         return None
     return next((x for x in (write.positions, write.start, write.kept) if x is not None), None)
-
-
-def _after_all(site: Site) -> fx.Node:
-    """The first node before which all that a site needs has been computed.
-
-    That is its attention, unless it reads the new tokens alone: their places may be computed later.
-    """
-    write = site.key
-    needed = (write.new, site.value.new, write.positions, write.start, write.kept)
-    last = max(node for node in needed if isinstance(node, fx.Node))
-    return max(site.core.node, last.next)
 
 
 # What a probe may not run: it would repeat the work of the model.

@@ -134,6 +134,7 @@ class PackedGraph:
         kept: positions of Dynamo's inputs that the graph still takes.
         handles: positions, among the kept inputs, of handles that the graph reads as any other tensor.
         bindings: its cache tensors.
+        again: numbers of the bindings whose buffers it takes again.
         stacks: inputs that hold many of them, which the graph takes apart: their parts come behind Dynamo's inputs.
         probe: tells what a cache holds that is not ours yet.
         sizes: tells how large the caches are that it returns.
@@ -146,6 +147,7 @@ class PackedGraph:
     kept: tuple[int, ...]
     handles: tuple[int, ...]
     bindings: tuple[Binding, ...]
+    again: tuple[int, ...]
     stacks: tuple[Stack, ...]
     probe: Probe
     sizes: Sizes
@@ -184,6 +186,7 @@ class PackedGraph:
             self._tensor(args, i)._state.buffer if i not in opened else opened[i].state.buffer
             for i in range(len(self.bindings))
         ]
+        buffers += [buffers[i] for i in self.again]
         numbers = [
             number
             for i, binding in enumerate(self.bindings)

@@ -34,6 +34,8 @@ _STRETCH: Final = (
     " str format, Tensor? after=None, Tensor? start=None) -> Tensor"
 )
 
+_AFTER: Final = "after_v1(Tensor tokens, Tensor[] others) -> Tensor"
+
 
 def _store(
     state: Tensor,
@@ -119,6 +121,10 @@ def _attend_fake(query: Tensor, *args: object, **_kwargs: object) -> Tensor:
 def _stretch_fake(state: Tensor, batch: int, heads: int, _slots: int, _first: int, length: int, *rest: Any) -> Tensor:
     form = Format.parse(rest[0])
     return state.new_empty((batch, heads, length, form.head_dim), dtype=form.dtype)
+
+
+def _after(tokens: Tensor, _others: Sequence[Tensor]) -> Tensor:
+    return tokens.clone()
 
 
 def _native_or(portable: Callable[..., Any], method: str) -> Callable[..., Any]:
@@ -211,6 +217,9 @@ def _register(
         inline_when_traced(f"decoquant::{name}", inline, _LIBRARY)
 
 
+_LIBRARY.define(_AFTER, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+_LIBRARY.impl("after_v1", _after, "CompositeExplicitAutograd")
+torch.library.register_fake("decoquant::after_v1", _after, lib=_LIBRARY)
 _register(_STORE, _store, _store_fake, _store_triton)
 _register(_ATTEND, _attend, _attend_fake, _attend_triton)
 _register(_DEQUANTISE, _whole(_stretch), _whole(_stretch_fake), _whole(_stretch_triton))
@@ -227,3 +236,6 @@ dequantise_stretch: Final = torch.ops.decoquant.dequantise_stretch_v5.default
 """The slots ``[first + start, first + start + length)`` of `dequantise`, zeros where there is none; `start` is an int64
 tensor of one element, known when it runs. Nothing is asked of `slots` and `first` when it is traced: a graph may take
 both as numbers that no shape depends on."""
+after: Final = torch.ops.decoquant.after_v1.default
+"""A copy of `tokens` that a compiler which reorders cannot make before it has computed `others`: what is written to a
+buffer that comes in twice must wait for those who read it by its other name."""

@@ -40,7 +40,7 @@ from decoquant_compile.patterns.symbols import (
 
 aten = torch.ops.aten
 
-__all__ = ["CacheWrite", "Int", "parse", "parse_returned"]
+__all__ = ["CacheWrite", "Int", "parse", "parse_returned", "parse_turns"]
 
 _BIRTHS = {
     *(aten.zeros, aten.zeros_like, aten.new_zeros, aten.empty, aten.empty_like, aten.new_empty),
@@ -56,7 +56,8 @@ class CacheWrite:
         form: "index_copy", "index_put", "scatter", "where", "slice", "roll", "append", "replace" or "cat"; "read" where
             the graph only reads the cache: there are no new tokens, and `value` and `new` are the buffer.
         buffer: the cache tensor, a graph input; of a cache that the graph creates, what it is created from.
-        value: the tensor after the write, which the graph copies into `buffer` or, if `returned`, gives its caller.
+        value: the tensor after the write, which the graph copies into `buffer` or, if `returned`, gives its caller; of
+            several writes in turn, what this one makes.
         new: the tokens written, dims in the buffer's order; sizes are those of the buffer but for `slot_dim`; where its
             dtype differs, the write casts. With "append" and "replace" it may be longer than what stays.
         slot_dim: dim of the buffer along which tokens are placed.
@@ -128,6 +129,35 @@ def parse(buffer: fx.Node, value: fx.Node) -> CacheWrite | Problem:
     if rule is None:
         return Problem(Reason.UNKNOWN_WRITE, f"by {seen.target if seen.op == 'call_function' else seen.op}")
     return rule(buffer, value, seen)
+
+
+def parse_turns(buffer: fx.Node, value: fx.Node) -> list[CacheWrite] | Problem:
+    """Read what a graph writes into one of its inputs in several turns, each into what the turn before made.
+
+    Args:
+        buffer: the input.
+        value: the tensor that it becomes.
+
+    Returns:
+        The writes in their order.
+    """
+    turns: list[fx.Node] = []
+    node = plain(value)
+    while node is not buffer:
+        if node.target not in _IN_TURNS:
+            return Problem(Reason.UNKNOWN_WRITE, f"into {node}, not into {buffer}")
+        turns.append(node)
+        node = plain(node.all_input_nodes[0])
+    before, writes = buffer, list[CacheWrite]()
+    for turn in reversed(turns):
+        write = _IN_TURNS[turn.target](before, turn, turn)
+        if isinstance(write, Problem):
+            return write
+        if write.partial is not None or write.is_ragged or write.kept is not None:
+            return Problem(Reason.TWO_WRITES, f"{write.form} of {write.new}")
+        writes.append(replace(write, buffer=buffer))
+        before = turn
+    return writes
 
 
 def parse_returned(value: fx.Node) -> CacheWrite | Problem | None:
@@ -662,12 +692,16 @@ FORMS: dict[object, Callable[[fx.Node, fx.Node, fx.Node], CacheWrite | Problem]]
     aten.slice.Tensor: _tail,
 }
 
+_IN_TURNS = {target: rule for target, rule in FORMS.items() if rule not in (_cat, _tail)}
+"""Those that may follow each other."""
+
 _BLENDS = {aten.where.self: _where, aten.add.Tensor: _blend}
 """Common in other places: a write only where an input of the graph becomes the result."""
 
 _COPYING: dict[object, Callable[[fx.Node, fx.Node, fx.Node], CacheWrite | Problem]] = {
-    target: rule for target, rule in FORMS.items() if rule not in (_cat, _tail)
-} | {aten.where.self: _where}
+    **_IN_TURNS,
+    aten.where.self: _where,
+}
 """Those that make a whole cache: of a tensor of zeros, or of one that stays as it is."""
 
 _BASE: dict[object, int] = {aten.where.self: 2}

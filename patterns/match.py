@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch import fx
 from decoquant_compile.patterns import blocks, flow
 from decoquant_compile.patterns.attention import anchors, cores, readers
 from decoquant_compile.patterns.blocks import Expansion
-from decoquant_compile.patterns.cache import CacheWrite, parse, parse_returned
+from decoquant_compile.patterns.cache import CacheWrite, parse, parse_returned, parse_turns
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.movement import Repeat, Walk, moves, operand, peel, plain
 from decoquant_compile.patterns.reject import Problem, Reason, Reject
@@ -75,6 +76,8 @@ class CacheRead:
 class Site:
     """One attention over one cache. Sites may share a cache: all are rewritten then, or none.
 
+    Sites whose writes differ share a cache that is written several times; then the graph has them in the writes' order.
+
     Attributes:
         core: the attention; its keys are as many as the size of `core.key`.
         key: how the keys' cache is written.
@@ -92,6 +95,17 @@ class Site:
     key_dims: tuple[int, int, int, int]
     value_dims: tuple[int, int, int, int]
     groups: int
+
+    @property
+    def place(self) -> fx.Node:
+        """The first node before which all that the site needs has been computed.
+
+        That is its attention, unless it reads the new tokens alone: their places may be computed later.
+        """
+        write = self.key
+        needed = (write.new, self.value.new, write.positions, write.start, write.kept)
+        last = max(node for node in needed if isinstance(node, fx.Node))
+        return max(self.core.node, last.next)
 
 
 @dataclass(frozen=True)
@@ -184,6 +198,7 @@ class _Matcher:
         self.mutations = list(normal.mutations)
         self.readers = readers(self.graph)
         self.writes: dict[fx.Node, CacheWrite] = {}  # by the cache: an input, or what is returned
+        self.turns: dict[fx.Node, list[CacheWrite]] = {}  # of caches that are written several times
         self.seen: dict[fx.Node, CacheWrite] = {}  # by the node that an attention over the cache starts from
         self.new: dict[fx.Node, CacheWrite | None] = {}  # by the tokens written; None where they go to several caches
         self.evidence: dict[fx.Node, Problem | None] = {}  # nodes that hold a cache, and what is wrong with it
@@ -209,11 +224,21 @@ class _Matcher:
     def _learn(self, cache: fx.Node, value: fx.Node, write: CacheWrite | Problem) -> None:
         if isinstance(write, Problem):
             node = plain(value)
+            turns = parse_turns(cache, value) if cache is not value else write
+            if not isinstance(turns, Problem):
+                self.turns[cache] = turns
+                for turn in turns:
+                    self._show(turn)
+                return
             self.evidence[node] = write
             if cache is value and moves(node):  # a part of what attention reads is returned
                 self.evidence[plain(operand(node))] = write
             return
         self.writes[cache] = write
+        self._show(write)
+
+    def _show(self, write: CacheWrite) -> None:
+        """Make a write known by what attentions may read of it."""
         if write.form != "replace":
             self.seen[write.seen] = write
             self.evidence[write.seen] = None
@@ -446,11 +471,28 @@ class _Matcher:
             return Problem(Reason.SHARED_CACHE, f"{sites[0].key.cache}: {dims}")
         if len({site.read.after_write for site in sites if site.read is not None}) > 1:
             return Problem(Reason.SHARED_CACHE, f"{sites[0].key.cache} is read before and after the write")
-        return self._escape(sites)
+        return self._in_turn(sites) or self._escape(sites)
+
+    def _in_turn(self, sites: Sequence[Site]) -> Problem | None:
+        """What keeps the attentions over a cache that is written several times from following its writes."""
+        key, value = sites[0].key.cache, sites[0].value.cache
+        if key not in self.turns and value not in self.turns:
+            return None
+        turns = list(zip(self.turns.get(key, ()), self.turns.get(value, ()), strict=False))
+        reading = [[site for site in sites if site.key is k and site.value is v] for k, v in turns]
+        if len(turns) != len(self.turns.get(key, ())) or len(turns) != len(self.turns.get(value, ())):
+            return Problem(Reason.POSITIONS_DIFFER, f"{key} and {value} are written another number of times")
+        is_read = (any(site.read is not None for site in turn) for turn in reading)
+        if not all(is_read) or sum(map(len, reading)) != len(sites):
+            return Problem(Reason.TWO_WRITES, f"of {key} and {value}")
+        for before, after in itertools.pairwise(reading):
+            if max(site.place for site in before) >= min(site.place for site in after):
+                return Problem(Reason.READ_BEFORE_WRITE, f"{key} is written again before {before[-1].core.node}")
+        return None
 
     def _escape(self, sites: Sequence[Site]) -> Problem | None:
         """What still needs a cache tensor once the sites over it are rewritten."""
-        sides = (sites[0].key, sites[0].value)
+        sides = list({(side.cache, side.value): side for site in sites for side in (site.key, site.value)}.values())
         held = {node for w in sides for node in ((w.seen, w.value) if w.born else (w.buffer,))}
         held -= {w.seen for w in sides if w.form == "replace"}  # the new tokens
         kept: list[object] = []

@@ -21,7 +21,7 @@ class Reason(enum.Enum):
     READ_BEFORE_WRITE = "the attention reads the cache as it was before this call's write"
     WRITE_NOT_READ = "the graph writes this cache, but no attention that we recognise reads it"
     UNKNOWN_WRITE = "the cache is written in a way that is not understood"
-    TWO_WRITES = "the cache is written twice in one graph"
+    TWO_WRITES = "the cache is written several times in one graph, and not read after each"
     PARTIAL_BATCH = "only a part of the cache's batch is written or read"
     POSITIONS_DIFFER = "keys and values are written or read in different ways or at different positions"
     RAGGED = "each sequence is written at positions of its own"

@@ -94,7 +94,7 @@ TWISTS = (
     "half the batch", "half the heads", "half the channels", "one tensor", "shared memory", "keys only",
     "one pair", "flat heads",
     # several writes
-    "written twice", "written again elsewhere", "a slot cleared", "scaled in place", "cleared first", "counter",
+    "in turns", "written twice", "written again elsewhere", "a slot cleared", "scaled in place", "cleared first", "counter",
     # reads
     "read before", "offset", "strided", "flipped", "gathered", "rolled", "one rolled", "rounded", "times one",
     "plus one", "projected", "by slot", "centred", "normed", "crossed", "same twice", "tiled", "fewer heads",
@@ -144,8 +144,22 @@ class Module(torch.nn.Module):
             x = x.unflatten(2, (self.case.heads, self.case.channels))
         return x.permute([self.order.index(d) for d in range(4)])
 
-    def forward(self, q, k, v, mask, positions, start, keys, values):  # noqa: PLR0915 - one line for each twist
+    def forward(self, q, k, v, mask, positions, start, keys, values):
         """Attention [batch, query heads, queries, channels], what else escapes, and the caches that follow."""
+        tokens = q.shape[2]
+        if "in turns" not in self.case.twists or tokens == 1 or self.case.write in ("grow", "begin", "functional"):
+            return self.turn(q, k, v, mask, positions, start, keys, values)
+        outs, extra = [], []
+        for first, size in ((0, 1), (1, tokens - 1)):
+            of_turn = (x.narrow(2, first, size) if x.shape[2] > 1 else x for x in (q, k, v, mask))
+            places = positions.narrow(0, first, size)
+            out, more, *_ = self.turn(*of_turn, places, start + first, keys, values)
+            outs.append(out)
+            extra += more
+        return torch.cat(outs, 2), extra, None, None
+
+    def turn(self, q, k, v, mask, positions, start, keys, values):  # noqa: PLR0915 - one line for each twist
+        """The same, once."""
         case, twists = self.case, self.case.twists
         extra = []
         paired = "one pair" in twists and case.write == "begin"

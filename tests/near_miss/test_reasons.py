@@ -562,3 +562,44 @@ def test_a_rejected_neighbour_does_not_spoil_a_site():
     site, reject = results_of(function, *cached_arguments(), new(5))
     assert isinstance(site, Site)
     assert reject.reason is Reason.READ_ONLY_CACHE
+
+
+def keys_in_turns(q, k, v, keys, values, positions, mask):
+    values.index_copy_(2, positions, v)
+    keys.index_copy_(2, positions, k)
+    first = attend(q, keys, values, mask)
+    keys.index_copy_(2, positions + 1, v)
+    return first + attend(q, keys, values, mask)
+
+
+def in_turns_read_in_the_other_order(q, k, v, keys, values, positions, mask):
+    before = keys.index_copy(2, positions, k), values.index_copy(2, positions, v)
+    after = before[0].index_copy(2, positions + 1, k), before[1].index_copy(2, positions + 1, v)
+    out = attend(q, *after, mask)
+    out = out + attend(q, *before, mask)
+    keys.copy_(after[0])
+    values.copy_(after[1])
+    return out
+
+
+def in_turns_and_used_between(q, k, v, keys, values, positions, mask):
+    write(keys, values, positions, k, v)
+    first = attend(q, keys, values, mask)
+    k = k * keys.sum()
+    write(keys, values, positions + 1, k, v)
+    return first + attend(q, keys, values, mask)
+
+
+@pytest.mark.parametrize(
+    ("function", "reasons"),
+    [
+        (keys_in_turns, {Reason.POSITIONS_DIFFER, Reason.SHARED_CACHE}),
+        (in_turns_read_in_the_other_order, {Reason.READ_BEFORE_WRITE}),
+        (in_turns_and_used_between, {Reason.CACHE_VALUE_ESCAPES}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_writes_in_turn_are_served_all_or_none(function, reasons):
+    results = results_of(function, *cached_arguments())
+    assert len(results) == 2
+    assert {result.reason for result in results} == reasons

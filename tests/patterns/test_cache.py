@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decoquant_compile.patterns.cache import CacheWrite, parse
+from decoquant_compile.patterns.cache import CacheWrite, parse, parse_turns
 from decoquant_compile.patterns.reject import Problem, Reason
 from tests.graphs import BATCH, CHANNELS, HEADS, SLOTS, cache, capture, new
 
@@ -416,6 +416,37 @@ def test_a_second_write_is_a_problem():
         c.index_copy_(2, torch.tensor([4]), x)
 
     assert written(write, cache(), new()).reason is Reason.TWO_WRITES
+
+
+def test_writes_in_turn_each_into_what_the_one_before_made():
+    def write(c, x):
+        c.index_copy_(2, torch.tensor([3]), x)
+        c[:, :, 4:5] = x * 2
+
+    recorder, _ = capture(lambda c, x: write(c, x) or F.scaled_dot_product_attention(x, x, x), cache(), new())
+    ((value, buffer),) = recorder.graphs[0].mutations
+    first, second = parse_turns(buffer, value)
+    assert (first.form, second.form) == ("index_copy", "slice")
+    assert {first.cache, second.cache} == {buffer}
+    assert first.seen in second.seen.all_input_nodes
+    assert second.start == 4
+
+
+def whole(c, x):
+    c.index_copy_(2, torch.tensor([3]), x)
+    c.zero_()
+
+
+def moved(c, x):
+    c.index_copy_(2, torch.tensor([3]), x)
+    c.copy_(torch.cat([c[:, :, 1:], x], 2))
+
+
+@pytest.mark.parametrize("write", [whole, moved])
+def test_what_cannot_follow_a_write(write):
+    recorder, _ = capture(lambda c, x: write(c, x) or F.scaled_dot_product_attention(x, x, x), cache(), new())
+    ((value, buffer),) = recorder.graphs[0].mutations
+    assert isinstance(parse_turns(buffer, value), Problem)
 
 
 def test_a_mutated_bias_is_no_cache_write():

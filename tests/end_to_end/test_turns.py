@@ -1,0 +1,126 @@
+"""A cache that one graph writes several times, and reads after each: chunks of a prompt, decode steps unrolled."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+
+import decoquant_compile
+from tests.end_to_end.harness import NOISE, SMALL, assert_packed, distance, noise, packing, shown
+
+SLOTS, HEADS, KV_HEADS, CHANNELS, VOCAB = 64, 4, 2, 32, 50
+WIDTH = HEADS * CHANNELS
+
+
+def by_index(cache, positions, tokens):
+    cache.index_copy_(2, positions, tokens)
+
+
+def by_slice(cache, positions, tokens):
+    cache[:, :, positions] = tokens
+
+
+class Attention(nn.Module):
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+        self.q, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.k, self.v = (nn.Linear(WIDTH, KV_HEADS * CHANNELS) for _ in range(2))
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(2, KV_HEADS, SLOTS, CHANNELS))
+
+    def forward(self, x, positions):
+        q, k, v = (f(x).unflatten(2, (-1, CHANNELS)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        self.write(self.keys, positions, k)
+        self.write(self.values, positions, v)
+        mask = torch.arange(SLOTS) <= positions[:, None]
+        y = F.scaled_dot_product_attention(q, self.keys, self.values, mask, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self, write=by_index):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
+        self.layers = nn.ModuleList(Attention(write) for _ in range(2))
+        for parameter in self.parameters():
+            parameter.data *= 2
+
+    @property
+    def caches(self):
+        return [cache for layer in self.layers for cache in (layer.keys, layer.values)]
+
+    def step(self, ids, positions):
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = x + layer(x, positions)
+        return self.head(x)
+
+
+class Chunked(Model):
+    """A prompt in chunks."""
+
+    def forward(self, ids, positions):
+        pairs = zip(ids.split(5, 1), positions.split(5), strict=True)
+        return torch.cat([self.step(*pair) for pair in pairs], 1)
+
+
+class Drafting(Model):
+    """Two tokens more, which later calls overwrite."""
+
+    def forward(self, ids, positions):
+        logits = [self.step(ids, positions)]
+        for further in (1, 2):
+            token = logits[-1][:, -1:].argmax(-1)
+            logits.append(self.step(token, positions[-1:] + further))
+        return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("write", [by_index, by_slice])
+@pytest.mark.parametrize("kind", [Chunked, Drafting])
+@torch.no_grad()
+def test_at_16_bits_it_is_the_dense_model(kind, write):
+    model = kind(write)
+    twin = copy.deepcopy(model)
+    ids, at = torch.randint(VOCAB, (2, 30), generator=torch.Generator().manual_seed(1)), 0
+    with packing(bits=16):
+        forward = torch.compile(model)
+        for tokens in (13, 1, 1, 1, 7, 1):
+            call = ids[:, at : at + tokens], torch.arange(at, at + tokens)
+            assert distance(forward(*call), twin(*call)) < NOISE
+            at += tokens
+        assert_packed(model.caches)
+    for cache, expected in zip(model.caches, twin.caches, strict=True):
+        assert distance(cache.dense(), expected) < NOISE
+
+
+@pytest.mark.parametrize("kind", [Chunked, Drafting])
+@torch.no_grad()
+def test_at_4_bits_a_step_reads_what_the_step_before_stored(kind):
+    """Each compiled call is the same as its steps one by one, in as many compiled calls."""
+    model, alone = kind(), kind()
+    ids, at = torch.randint(VOCAB, (2, 40), generator=torch.Generator().manual_seed(1)), 0
+    with packing(bits=4, **SMALL):
+        forward, step = torch.compile(model), torch.compile(alone.step)
+        for tokens in (25, 1, 1, 10, 1):
+            call = ids[:, at : at + tokens], torch.arange(at, at + tokens)
+            alone.step = step
+            assert distance(forward(*call), alone(*call)) < 10 * noise(4)
+            at += tokens
+        for cache, other in zip(model.caches, alone.caches, strict=True):
+            assert distance(cache.dense(), other.dense()) < 10 * noise(4)
+
+
+@torch.no_grad()
+def test_the_compiled_graph_makes_no_copy_of_a_state():
+    model = Chunked()
+    call = torch.zeros(2, 15, dtype=torch.int64), torch.arange(15)
+    with packing(bits=4):
+        _, codes = run_and_get_code(torch.compile(model), *call)
+    code = "".join(codes)
+    assert code.count("torch.ops.decoquant.store_v4.default(") == 3 * len(model.caches)
+    assert "torch.uint8" not in code.partition("def get_args")[0].partition("def call")[2]
