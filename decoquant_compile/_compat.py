@@ -316,6 +316,13 @@ def fake_mode() -> Any:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def compiles_here() -> bool:
+    """Whether this thread compiles, where `torch.compiler.is_compiling` says that one of the process does."""
+    contexts = TracingContext.try_get(), CompileContext.try_get()
+    return any(context is not None for context in contexts) or fake_mode() is not None
+
+
 def faking(graph: fx.Graph) -> contextlib.AbstractContextManager[Any]:
     """The FakeTensorMode of a graph's tensors, for those that are made from none; no mode if they are not fake."""
     for node in graph.nodes:

@@ -29,6 +29,7 @@ from decoquant_compile.patterns.symbols import shape
 from decoquant_compile.report import Finding, GraphReport, Untouched
 from decoquant_compile.rewrite import rewrite
 from decoquant_compile.runtime import DenseGraph, PackedGraph, announce
+from decoquant_compile.selections import Selections, select
 from decoquant_compile.stacks import Stack, unstack, with_parts
 
 log = logging.getLogger("decoquant_compile")
@@ -103,6 +104,7 @@ class Found:
         normal: the normal form.
         plans: at least one.
         formats: the packed format of each cache, by the node that stands for it.
+        selections: parts of inputs and results, taken out of the normal form.
         stacks: inputs that hold many caches, taken apart in the normal form.
         inputs: of the normal form.
     """
@@ -110,6 +112,7 @@ class Found:
     normal: Normal
     plans: list[Plan]
     formats: dict[fx.Node, Format]
+    selections: Selections
     stacks: tuple[Stack, ...]
     inputs: Sequence[Any]
 
@@ -154,16 +157,18 @@ def _search(
         flat: the same without `vmap`.
         example_inputs: its inputs.
         options: checked.
-        whole: places of tensors that are not to be taken apart.
+        whole: places of tensors that are not to be taken apart, nor selected from outside of the graph.
 
     Returns:
-        What to rewrite; a row for each attention; the places of those taken apart that must stay whole.
+        What to rewrite; a row for each attention; the places of those that must stay whole, but are not in `whole`.
     """
     normal = normalise(flat, example_inputs)
     canonical.fold(normal.graph)
     softmax.fold(normal.graph)
     traced = gm.graph.find_nodes(op="placeholder")
     _compat.make_constant(traced[normal.placeholders.index(node)] for node in computed_scales(normal.graph))
+    selections = select(normal, whole)
+    example_inputs = selections.of_examples(example_inputs)
     held = [node for node, x in zip(normal.placeholders, example_inputs, strict=True) if isinstance(x, CacheTensor)]
     returned = () if _compat.is_cut(gm) else normal.outputs
     begun = births.begin(normal.graph, returned, [value for value, _ in normal.mutations], held)
@@ -195,8 +200,10 @@ def _search(
                 why = f"in {normal.source(placeholders[shared[0]])}" if shared[0] >= 0 else f"in result {~shared[0]}"
                 findings[number] = replace(findings[number], outcome=Reason.SHARED_TENSOR.name, detail=why)
                 del planned[number]
-    births.undo(begun, {write.cache for plan in planned.values() for _, write, _ in _caches(plan)})
-    found = Found(normal, list(planned.values()), formats, stacks, inputs)
+    caches = [(write, dims) for plan in planned.values() for _, write, dims in _caches(plan)]
+    left |= selections.unserved(normal, caches)
+    births.undo(begun, {write.cache for write, _ in caches})
+    found = Found(normal, list(planned.values()), formats, selections, stacks, inputs)
     return found, findings, left
 
 
@@ -310,7 +317,7 @@ def packed(
         return None
     if log.isEnabledFor(logging.DEBUG):
         log.debug("normalised graph:\n%s", str(found.normal.graph))  # as text: it is changed in place
-    rewritten = rewrite(found.normal, found.plans, found.formats, found.stacks)
+    rewritten = rewrite(found.normal, found.plans, found.formats, found.stacks, found.selections.spent)
     log.debug("rewritten graph:\n%s", rewritten.gm.graph)
     _compat.trace_artifact("rewritten", lambda: str(rewritten.gm.graph))
     inputs = [*(_compat.canonical(found.inputs[i]) for i in rewritten.kept), *rewritten.examples]
@@ -325,6 +332,7 @@ def packed(
         handles,
         rewritten.bindings,
         rewritten.again,
+        found.selections,
         found.stacks,
         rewritten.probe,
         rewritten.sizes,

@@ -58,7 +58,7 @@ class CacheTensor(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run `func` as if on the dense tensor; while torch.compile traces, on the handle's metadata."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and _compat.compiles_here():
             _require_own_backend()
             if (function := _bound(func)) is not None:
                 return functools.partial(function, *args)
@@ -363,7 +363,10 @@ class Transients:
                 stored.
         """
         if any(_facts(dense) != facts for dense, facts in self._dense.values()):
-            raise RuntimeError(f"a packed cache cannot change its shape or memory or record gradients; {_RESTORE}")
+            raise RuntimeError(
+                "a packed cache cannot change its shape or memory or record gradients (is torch.no_grad() missing?); "
+                f"{_RESTORE}"
+            )
         for root, dense, version in self._roots.values():
             if _compat.version(dense) != version:
                 _store(root, dense)
@@ -534,6 +537,14 @@ def _require_own_backend() -> bool:
 
 
 # Eager calls
+
+
+def applied(func: Callable[..., Any], tensor: Tensor, *args: Any) -> Any:
+    """What eager code gets of `func` on a tensor, which may be a handle, also within a compiled call.
+
+    There, Dynamo has switched `__torch_function__` off, and a handle has no memory to read.
+    """
+    return _call(__name__, func, (tensor, *args), {}) if isinstance(tensor, CacheTensor) else func(tensor, *args)
 
 
 # In a frame that Dynamo has left to Python it would take this for one to compile, and `is_compiling` for true.
@@ -724,7 +735,7 @@ def _deepcopy(handle: CacheTensor, memo: dict[int, Any]) -> Any:
 
 def _requires_grad(handle: CacheTensor, requires_grad: bool = True) -> Any:
     if requires_grad:
-        raise RuntimeError(f"a packed cache cannot record gradients; {_RESTORE}")
+        raise RuntimeError(f"a packed cache cannot record gradients (is torch.no_grad() missing?); {_RESTORE}")
     return handle
 
 

@@ -5,7 +5,7 @@ A cache whose reads are none that we rewrite becomes `store` as well, and what t
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from decoquant_compile.patterns.match import RebuiltCache, RebuiltSite, Site
 from decoquant_compile.patterns.movement import moves
 from decoquant_compile.patterns.symbols import Int, known, shape
 from decoquant_compile.stacks import Stack
+from decoquant_compile.subgraph import cut, is_heavy
 
 aten = torch.ops.aten
 
@@ -152,6 +153,7 @@ def rewrite(
     sites: Sequence[Site | RebuiltSite],
     formats: Mapping[fx.Node, Format],
     stacks: Sequence[Stack] = (),
+    spent: Collection[int] = (),
 ) -> Rewritten:
     """Replace each site's cache writes by `store` and its attention by `attend`, or its caches by `dequantise`.
 
@@ -160,17 +162,19 @@ def rewrite(
         sites: what to rewrite, in the graph's order, with all sites over the same caches.
         formats: how each cache is packed, by the node that stands for it.
         stacks: inputs that were taken apart into caches.
+        spent: positions of inputs in whose place others stand.
 
     Returns:
         The graph, finished for Inductor, with the inputs it takes now.
     """
-    return _Rewriter(normal, stacks).run(sites, formats)
+    return _Rewriter(normal, stacks, spent).run(sites, formats)
 
 
 @dataclass
 class _Rewriter:
     normal: Normal
     stacks: Sequence[Stack] = ()
+    spent: Collection[int] = ()
     bindings: list[Binding] = field(default_factory=list)
     states: dict[fx.Node, fx.Node] = field(default_factory=dict)  # by cache tensor
     again: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)  # by cache and its further writes
@@ -227,9 +231,11 @@ class _Rewriter:
             # A view was chosen for the strides of an operand that may be another now.
             node.target = aten.reshape.default
         gm = finish(self.normal)
-        gone = {inputs[b.index] for b in self.bindings if b.index is not None} | {
-            inputs[i] for s in self.stacks if s.index is not None for i in (s.index, *s.positions)
-        }
+        gone = (
+            {inputs[b.index] for b in self.bindings if b.index is not None}
+            | {inputs[i] for s in self.stacks if s.index is not None for i in (s.index, *s.positions)}
+            | {inputs[i] for i in self.spent}
+        )
         for node in gm.graph.find_nodes(op="placeholder"):
             if not node.users and node in gone:
                 gm.graph.erase_node(node)
@@ -301,7 +307,7 @@ class _Rewriter:
             rows.append(tuple(row))
         if not outputs:
             return Sizes(None, (), tuple(rows))
-        graph, taken = _cut(self.normal.gm, inputs, outputs)
+        graph, taken = cut(self.normal.gm, inputs, outputs)
         return Sizes(graph, taken, tuple(rows))
 
     def _full_mask(self, site: Site) -> Site:
@@ -346,7 +352,8 @@ class _Rewriter:
             column = self._column(site, self._sub(key_slots, tokens), shift)
             real = None if column is None else mask
             everybody = None if site.key.partial is None else self._roles(site.key.cache, site.key_dims)[0]
-            earlier = self.attended.pop(site.key.cache) if stores and key_state is not self.states[site.key.cache] else []
+            is_further = stores and key_state is not self.states[site.key.cache]
+            earlier = self.attended.pop(site.key.cache) if is_further else []
 
             def store(state: fx.Node, new: fx.Node, query: fx.Node | None, slots: Int, format_: Format) -> None:
                 hidden, rows = real, None
@@ -698,36 +705,6 @@ def _held(write: CacheWrite) -> Int | None:
     return next((x for x in (write.positions, write.start, write.kept) if x is not None), None)
 
 
-# What a probe may not run: it would repeat the work of the model.
-_HEAVY = {
-    aten.linear.default,
-    aten.matmul.default,
-    aten.mm.default,
-    aten.bmm.default,
-    aten.addmm.default,
-    aten.baddbmm.default,
-    aten.scaled_dot_product_attention.default,
-    aten.softmax.int,
-    aten.embedding.default,
-}
-_PROBE_NODES = 512
-
-
-def _is_heavy(node: fx.Node) -> bool:
-    """Whether computing a node is the work of a model."""
-    seen: set[fx.Node] = set()
-    todo = [node]
-    while todo:
-        n = todo.pop()
-        if n in seen:
-            continue
-        if n.target in _HEAVY or len(seen) > _PROBE_NODES:
-            return True
-        seen.add(n)
-        todo += n.all_input_nodes
-    return False
-
-
 def _probe(gm: fx.GraphModule, inputs: Sequence[fx.Node], wanted: Iterable[_Wanted]) -> Probe:
     """Cut out of the graph what is needed to compute the wanted values."""
     outputs: list[Int] = []
@@ -735,31 +712,11 @@ def _probe(gm: fx.GraphModule, inputs: Sequence[fx.Node], wanted: Iterable[_Want
     def output(value: Int | None) -> int | None:
         if value is None:
             return None
-        if isinstance(value, fx.Node) and _is_heavy(value):
+        if isinstance(value, fx.Node) and is_heavy(value):
             return None
         if value not in outputs:
             outputs.append(value)
         return outputs.index(value)
 
     rows = [(output(w.held), output(w.mask), output(w.first), output(w.tokens), w.reads_all) for w in wanted]
-    return Probe(*_cut(gm, inputs, outputs), *(tuple(column) for column in zip(*rows, strict=True)))
-
-
-def _cut(
-    gm: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[Int]
-) -> tuple[fx.GraphModule, tuple[int, ...]]:
-    """The part of a graph that computes `outputs`, and which of `inputs` it takes."""
-    needed: set[fx.Node] = set()
-    todo = [x for x in outputs if isinstance(x, fx.Node)]
-    while todo:
-        node = todo.pop()
-        if node not in needed:
-            needed.add(node)
-            todo += node.all_input_nodes
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node in needed:
-            copies[node] = graph.node_copy(node, lambda n: copies[n])
-    graph.output(tuple(copies[x] if isinstance(x, fx.Node) else x for x in outputs))
-    return fx.GraphModule(gm, graph), tuple(i for i, node in enumerate(inputs) if node in needed)
+    return Probe(*cut(gm, inputs, outputs), *(tuple(column) for column in zip(*rows, strict=True)))

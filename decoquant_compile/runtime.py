@@ -17,6 +17,7 @@ from decoquant_compile.kernels.reference import admitted_columns
 from decoquant_compile.kernels.state import CacheState
 from decoquant_compile.report import GraphReport, Report, TakenOver
 from decoquant_compile.rewrite import Binding, Probe, Sizes
+from decoquant_compile.selections import Selections
 from decoquant_compile.stacks import Stack, with_parts, with_wholes
 from decoquant_compile.takeover import Claim, Obstructed, obstacle, take_over
 
@@ -135,6 +136,7 @@ class PackedGraph:
         handles: positions, among the kept inputs, of handles that the graph reads as any other tensor.
         bindings: its cache tensors.
         again: numbers of the bindings whose buffers it takes again.
+        selections: what it takes and returns parts of.
         stacks: inputs that hold many of them, which the graph takes apart: their parts come behind Dynamo's inputs.
         probe: tells what a cache holds that is not ours yet.
         sizes: tells how large the caches are that it returns.
@@ -148,6 +150,7 @@ class PackedGraph:
     handles: tuple[int, ...]
     bindings: tuple[Binding, ...]
     again: tuple[int, ...]
+    selections: Selections
     stacks: tuple[Stack, ...]
     probe: Probe
     sizes: Sizes
@@ -170,12 +173,13 @@ class PackedGraph:
         """Run it, in Dynamo's calling convention."""
         announce(self.report)
         self.report.calls += 1
-        args = with_parts(given, self.stacks)
+        taken = self.selections.of_inputs(given)
+        args = with_parts(taken, self.stacks)
         foreign = self._foreign(args)
         try:
             if foreign:
                 self._take_over(args, foreign)
-                args = with_parts(given, self.stacks)
+                args = with_parts(taken, self.stacks)
             opened = self._open(args) if len(self._in_place) < len(self.bindings) else {}
         except Obstructed as error:
             return self._run_dense(given, self._why(foreign, error.reasons))
@@ -202,7 +206,11 @@ class PackedGraph:
             results = self.fn(*kept, *buffers, *numbers)
         if opened or self._returns_inputs:
             results = self._with_handles(results, args, opened)
-        return with_wholes(results, self.stacks, given, self._number) if self.stacks else results
+        if self.selections.returned:
+            results = self.selections.of_results(results)
+        if self.stacks or self.selections.returned:
+            results = with_wholes(results, self.stacks, given, self._number)
+        return results
 
     def _foreign(self, args: Sequence[Any]) -> list[int]:
         """The numbers of the bindings whose caches are not held in the right way yet, with all that share a tensor."""

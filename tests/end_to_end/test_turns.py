@@ -8,8 +8,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
-import decoquant_compile
-from tests.end_to_end.harness import NOISE, SMALL, assert_packed, distance, noise, packing, shown
+from tests.end_to_end.harness import NOISE, SMALL, assert_packed, distance, noise, packing
 
 SLOTS, HEADS, KV_HEADS, CHANNELS, VOCAB = 64, 4, 2, 32, 50
 WIDTH = HEADS * CHANNELS

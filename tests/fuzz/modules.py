@@ -94,8 +94,10 @@ TWISTS = (
     "half the batch", "half the heads", "half the channels", "one tensor", "shared memory", "keys only",
     "one pair", "flat heads",
     # several writes
-    "in turns", "written twice", "written again elsewhere", "a slot cleared", "scaled in place", "cleared first", "counter",
+    "in turns", "written twice", "written again elsewhere", "a slot cleared", "scaled in place", "cleared first",
+    "counter",
     # reads
+    "reordered", "reordered after", "rolled back",
     "read before", "offset", "strided", "flipped", "gathered", "rolled", "one rolled", "rounded", "times one",
     "plus one", "projected", "by slot", "centred", "normed", "crossed", "same twice", "tiled", "fewer heads",
     "channels reversed", "extra views", "heads reversed", "cropped",
@@ -301,7 +303,14 @@ class Module(torch.nn.Module):
             target.copy_(whole.narrow(dim, tokens, target.shape[dim]))
             return (whole, cache) if target is cache else (cache, cache)
         elif write in ("grow", "begin"):
+            batch, others = self.order.index(0), torch.arange(case.batch).flip(0)
+            if "reordered" in twists:
+                target = target.index_select(batch, others)
+            if "rolled back" in twists:
+                target = target.narrow(dim, 0, max(0, target.shape[dim] - 1))
             whole = torch.cat([target, new.to(target.dtype)], dim)
+            if "reordered after" in twists:
+                return whole, whole.index_select(batch, others)
             if "cropped" in twists and whole.shape[dim] > case.slots:
                 whole = whole[(*[slice(None)] * dim, slice(-case.slots, None))]
             return whole, whole

@@ -1,5 +1,6 @@
 """Operations on a handle that torch.compile traces, in one graph."""
 
+import threading
 from unittest import mock
 
 import pytest
@@ -95,3 +96,40 @@ def test_a_frame_that_is_left_to_python():
     torch.compiler.reset()
     compiled = torch.compile(lambda t: (lengths(t), t.shape[0]), backend=decoquant_compile.decoquant_backend)
     assert compiled(cache) == (expected, 1)
+
+
+@torch.no_grad()
+def test_a_handle_is_used_while_another_thread_compiles():
+    """`torch.compiler.is_compiling` is a flag of the process."""
+
+    def step(cache, positions, new, query):
+        cache.index_copy_(1, positions, new)
+        keys = cache.unflatten(2, (HEADS, CHANNELS)).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, keys, keys)
+
+    cache, entered, may_go = torch.zeros(1, SLOTS, HEADS * CHANNELS), threading.Event(), threading.Event()
+
+    def slow(gm, example_inputs):
+        entered.set()
+        assert may_go.wait(60)
+        return gm.forward
+
+    twin, compiled = cache.clone(), torch.compile(step, backend="decoquant", options={"bits": 16})
+
+    def call(tokens):
+        given = torch.arange(tokens), torch.rand(1, tokens, HEADS * CHANNELS), torch.randn(1, HEADS, 2, CHANNELS)
+        torch.testing.assert_close(compiled(cache, *given), step(twin, *given))
+
+    torch.compiler.reset()
+    for tokens in (3, 1, 1):
+        call(tokens)
+    other = threading.Thread(target=lambda: torch.compile(lambda x: x + 1, backend=slow)(torch.ones(3)))
+    other.start()
+    try:
+        assert entered.wait(60)
+        call(1)
+        assert torch.equal(cache + 1, twin + 1)
+        assert torch.equal(cache[:, :2].clone(), twin[:, :2])
+    finally:
+        may_go.set()
+        other.join()

@@ -1,0 +1,193 @@
+"""Caches of which a graph selects sequences or a stretch: selected outside of it, where a handle knows how."""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from decoquant_compile import _compat
+from decoquant_compile.dims import Dims
+from decoquant_compile.handle import applied
+from decoquant_compile.normalize import Normal
+from decoquant_compile.patterns import selections as patterns
+from decoquant_compile.patterns.cache import CacheWrite
+from decoquant_compile.patterns.selections import Selection
+from decoquant_compile.subgraph import cut, is_heavy
+
+Value: TypeAlias = int | tuple[int] | None
+"""A constant, the number of a computed value in brackets, or None for an open end."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A selection that is made before or after a graph.
+
+    Attributes:
+        place: position of what it selects from, among the inputs or the results.
+        selection: how; its values are not read.
+        values: start and end of a slice, or an index.
+    """
+
+    place: int
+    selection: Selection
+    values: tuple[Value, ...]
+
+    def __call__(self, tensor: Tensor, computed: Sequence[Any]) -> Tensor:
+        """The part of a tensor, where `computed` are the values that are no constants."""
+        values = [computed[x[0]] if isinstance(x, tuple) else x for x in self.values]
+        before = (slice(None),) * self.selection.dim
+        if self.selection.kind == "index_select":
+            return applied(torch.index_select, tensor, self.selection.dim, values[0])
+        return applied(Tensor.__getitem__, tensor, (*before, slice(*values) if self.selection.is_slice else values[0]))
+
+
+@dataclass(frozen=True)
+class Selections:
+    """What is selected outside of a graph.
+
+    Attributes:
+        graph: computes the values of `taken` that are no constants from some of Dynamo's inputs.
+        inputs: positions of its inputs among those that Dynamo passes.
+        taken: each adds an input behind those that Dynamo passes, and uses up the one that it selects from.
+        first: how many inputs Dynamo passes.
+        returned: each takes the place of the result that it selects from; their values are results of the graph, too.
+    """
+
+    graph: fx.GraphModule
+    inputs: tuple[int, ...]
+    taken: tuple[Step, ...]
+    first: int
+    returned: tuple[Step, ...]
+
+    @property
+    def spent(self) -> tuple[int, ...]:
+        """Positions of the inputs that the graph does not take, because it gets a selection."""
+        return tuple(step.place for step in self.taken)
+
+    def of_inputs(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The inputs of the graph: Dynamo's, then what is selected."""
+        if not self.taken:
+            return args
+        with torch.no_grad():
+            computed = self.graph(*(args[i] for i in self.inputs))
+            given = list(args)
+            for step in self.taken:
+                given.append(step(given[step.place], computed))
+        return given
+
+    def of_examples(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The same of inputs whose kind alone is looked at: a selection of a cache is one of its kind."""
+        given = list(args)
+        for step in self.taken:
+            given.append(given[step.place])
+        return given
+
+    def of_results(self, results: Sequence[Any]) -> Sequence[Any]:
+        """The results of the graph with the selections in their places."""
+        given = list(results)
+        for step in self.returned:
+            given[step.place] = step(given[step.place], results)
+        return given
+
+    def unserved(self, normal: Normal, caches: Iterable[tuple[CacheWrite, Dims]]) -> set[int]:
+        """Which selections were in vain: they are not of sequences or slots of caches that are packed.
+
+        Args:
+            normal: the graph, with the selections taken out.
+            caches: what is to be packed.
+
+        Returns:
+            The positions of Dynamo's inputs; of results ~position.
+        """
+        found = list(caches)
+        inputs, placeholders = {write.buffer: (write, dims) for write, dims in found}, normal.placeholders
+        outputs = {write.cache: (write, dims) for write, dims in found if write.returned}
+        left: set[int] = set()
+        end = {place: self.first + number for number, place in enumerate(self.spent)}
+        for step in self.taken:
+            last, root = step.place, step.place
+            while last in end:
+                last = end[last]
+            while root >= self.first:
+                root = self.taken[root - self.first].place
+            if not _is_served(step.selection, inputs.get(placeholders[last])):
+                left.add(root)
+        for step in self.returned:
+            if not _is_served(step.selection, outputs.get(normal.outputs[step.place])):
+                left.add(~step.place)
+        return left
+
+
+def select(normal: Normal, whole: Collection[int] = ()) -> Selections:
+    """Take the selections of inputs and results out of a graph.
+
+    Args:
+        normal: the graph; it is changed in place. A selection of an input becomes an input behind those it has, the
+            input that it selects from stays, without users.
+        whole: inputs and results that stay as they are, as of `Selections.unserved`.
+    """
+    first, computed = len(normal.placeholders), list[fx.Node]()
+    taken = _take(normal, whole, computed)
+    graph, inputs = cut(normal.gm, normal.placeholders, computed)
+    return Selections(graph, inputs, tuple(taken), first, tuple(_give(normal, whole)))
+
+
+def _take(normal: Normal, whole: Collection[int], computed: list[fx.Node]) -> list[Step]:
+    """Put inputs in the places of the selections of inputs; `computed` gets the values that are needed for them."""
+    graph, steps = normal.graph, list[Step]()
+    kept = {target for _, target in normal.mutations} | {normal.placeholders[i] for i in whole if i >= 0}
+    while found := next((x for x in patterns.taken(graph, kept) if not _is_late(x[2])), None):
+        given, node, selection = found
+        place = normal.placeholders.index(given)
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            part = graph.placeholder(f"{given.name}_selected")
+        part.meta["val"] = node.meta["val"]
+        _compat.add_part_source(part, given, f".{selection.kind}")
+        steps.append(_step(place, selection, computed))
+        node.replace_all_uses_with(part)
+        graph.erase_node(node)
+        kept.add(given)
+    return steps
+
+
+def _give(normal: Normal, whole: Collection[int]) -> list[Step]:
+    """Return the tensors that are selected from in the places of the selections, and the values behind them all."""
+    outputs, computed = list(normal.outputs), list(normal.outputs)
+    written, steps = {value for value, _ in normal.mutations}, list[Step]()
+    for place, output in enumerate(normal.outputs):
+        if not isinstance(output, fx.Node) or output in written or ~place in whole or outputs.count(output) > 1:
+            continue
+        base, chain = patterns.returned(output)
+        if base.op != "placeholder":
+            outputs[place] = base
+            steps += [_step(place, selection, computed) for selection in chain]
+    normal.outputs = (*outputs, *computed[len(outputs) :])
+    return steps
+
+
+def _step(place: int, selection: Selection, computed: list[Any]) -> Step:
+    values: list[Value] = []
+    for value in selection.values:
+        if not isinstance(value, fx.Node):
+            values.append(value)
+            continue
+        if value not in computed:
+            computed.append(value)
+        values.append((computed.index(value),))
+    return Step(place, selection, tuple(values))
+
+
+def _is_late(selection: Selection) -> bool:
+    """Whether a value of a selection takes the work of a model to compute."""
+    return any(isinstance(value, fx.Node) and is_heavy(value) for value in selection.values)
+
+
+def _is_served(selection: Selection, cache: tuple[CacheWrite, Dims] | None) -> bool:
+    if cache is None:
+        return False
+    write, (batch, _, slot, _) = cache
+    if selection.is_slice:
+        return write.form == "cat" and selection.dim == slot
+    return selection.dim == batch

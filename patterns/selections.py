@@ -1,0 +1,107 @@
+"""Selections: some sequences, or a stretch of slots, of what a graph is given or returns in place of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import fx
+
+from decoquant_compile.patterns.cache import CacheWrite, parse_returned
+from decoquant_compile.patterns.movement import operand
+from decoquant_compile.patterns.symbols import FLOATS, Int, argument, dtype, same_shape, same_value, shape
+
+aten = torch.ops.aten
+
+Kind: TypeAlias = Literal["slice", "index_select", "index"]
+
+_RANKS = range(3, 6)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How a node takes a part of a tensor along one dim, with all dims left.
+
+    Attributes:
+        kind: "slice", or by an index of one dim; with "index" a negative one counts from the end.
+        dim: the dim.
+        values: start and end of the slice, None where it is open; or the index.
+    """
+
+    kind: Kind
+    dim: int
+    values: tuple[Int | None, ...]
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether it takes a stretch."""
+        return self.kind == "slice"
+
+
+def read(node: fx.Node) -> Selection | None:
+    """The selection that a node is; None if it is none."""
+    if node.target is aten.slice.Tensor and argument(node, "step") == 1:
+        bounds = argument(node, "start"), argument(node, "end")
+        return Selection("slice", argument(node, "dim") % len(shape(node)), bounds)
+    if node.target is aten.index_select.default and len(shape(argument(node, "index"))) == 1:
+        return Selection("index_select", argument(node, "dim") % len(shape(node)), (argument(node, "index"),))
+    if node.target is aten.index.Tensor:
+        given = [(dim, index) for dim, index in enumerate(argument(node, "indices")) if index is not None]
+        if len(given) == 1 and len(shape(given[0][1])) == 1 and dtype(given[0][1]) == torch.int64:
+            return Selection("index", given[0][0], (given[0][1],))
+    return None
+
+
+def taken(graph: fx.Graph, kept: Container[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node, Selection]]:
+    """The inputs of which a graph uses a selection alone, each with the node that selects.
+
+    Args:
+        graph: a normalised graph. Nodes that select the same become one.
+        kept: inputs to leave out.
+    """
+    for given in graph.find_nodes(op="placeholder"):
+        if given in kept or not _may_be_cache(given):
+            continue
+        while whole := next((user for user in given.users if _is_whole(user)), None):
+            whole.replace_all_uses_with(given)
+            graph.erase_node(whole)
+        users = [user for user in given.users if user.target is not aten.sym_size.int]
+        if not users:
+            continue
+        first, *others = users
+        selection = read(first)
+        if selection is None or first.args[0] is not given or not all(same_value(first, other) for other in others):
+            continue
+        for other in others:
+            other.replace_all_uses_with(first)
+            graph.erase_node(other)
+        yield given, first, selection
+
+
+def returned(output: fx.Node) -> tuple[fx.Node, list[Selection]]:
+    """What a result of a graph is selected from, and the selections in their order: none, where it is no selection."""
+    node, chain = output, list[Selection]()
+    while _may_be_cache(node):
+        if _is_whole(node):
+            node = operand(node)
+        elif not isinstance(parse_returned(node), CacheWrite) and (selection := read(node)) is not None:
+            node = operand(node)
+            chain.insert(0, selection)
+        else:
+            break
+    # Of what is used in slices alone, keys and values are slices, as of a product that is all of them.
+    is_cut = all(user.target is aten.slice.Tensor for user in node.users)
+    return (output, []) if is_cut and any(selection.is_slice for selection in chain) else (node, chain)
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a node is a slice of all there is, as indexing makes for each open dim."""
+    is_view = node.target in (aten.slice.Tensor, aten.alias.default)
+    return is_view and same_shape(shape(node), shape(operand(node)))
+
+
+def _may_be_cache(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and len(value.shape) in _RANKS and value.dtype in FLOATS

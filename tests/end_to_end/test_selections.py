@@ -1,0 +1,159 @@
+"""Sequences or slots of a growing cache that a graph selects itself: beams reordered, tokens rolled back, windows."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import decoquant_compile
+from decoquant_compile import CacheTensor
+from tests.end_to_end.harness import NOISE, SMALL, distance, noise, packing
+
+BATCH, HEADS, KV_HEADS, CHANNELS, WIDTH, WINDOW = 3, 4, 2, 16, 32, 11
+
+
+def rolled_back(cache, beams, length):
+    return cache[:, :, :length]
+
+
+def window(cache, beams, length):
+    return cache[:, :, -WINDOW:]
+
+
+def reordered(cache, beams, length):
+    return cache.index_select(0, beams)
+
+
+def indexed(cache, beams, length):
+    return cache[beams]
+
+
+def both(cache, beams, length):
+    return cache[beams][:, :, :length]
+
+
+def chosen(cache, beams, length):
+    """By an index that is computed."""
+    return cache.index_select(0, (beams + 1) % BATCH)
+
+
+def unchanged(cache, beams, length):
+    return cache
+
+
+SELECTIONS = [rolled_back, window, reordered, indexed, both, chosen]
+
+
+class Model(nn.Module):
+    def __init__(self, before=unchanged, after=unchanged):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.after = before, after
+        heads = (HEADS, KV_HEADS, KV_HEADS)
+        self.projections = nn.ModuleList(nn.Linear(WIDTH, h * CHANNELS) for h in heads)
+
+    def forward(self, x, past, beams, length: int):
+        q, k, v = (f(x).unflatten(2, (-1, CHANNELS)).transpose(1, 2) for f in self.projections)
+        if past is not None:
+            old = [self.before(cache, beams, length) for cache in past]
+            k, v = torch.cat([old[0], k], 2), torch.cat([old[1], v], 2)
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+        out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        return out, [self.after(cache, beams, length + x.shape[1]) for cache in (k, v)]
+
+
+# Tokens of each call, and how many of those before it are rolled back.
+CALLS = [(14, 0), (1, 0), (1, 1), (3, 2), (1, 0), (1, 0), (1, 3), (1, 0)]
+
+
+@torch.no_grad()
+def conversation(step):
+    """The result and the cache of each call of `step(x, past, beams, length)`."""
+    generator = torch.Generator().manual_seed(0)
+    past, found = None, []
+    for tokens, back in CALLS:
+        x = torch.randn(BATCH, tokens, WIDTH, generator=generator) * 2
+        beams = torch.randint(BATCH, (BATCH,), generator=generator)
+        length = (0 if past is None else past[0].shape[2]) - back
+        out, past = step(x, past, beams, length)
+        found.append((out, past))
+    return found
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_at_16_bits_it_is_the_dense_model(selection, place, dynamic):
+    model = Model(**{place: selection})
+    with packing(bits=16):
+        found = conversation(torch.compile(model, dynamic=dynamic))
+    for (out, past), (expected, dense) in zip(found, conversation(model), strict=True):
+        assert distance(out, expected) < NOISE
+        assert all(isinstance(cache, CacheTensor) for cache in past)
+        assert all(torch.equal(cache.dense(), other) for cache, other in zip(past, dense, strict=True))
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_at_4_bits_it_is_what_a_handle_gives_between_calls(selection, place):
+    inside, outside = Model(**{place: selection}), Model()
+
+    with packing(bits=4, **SMALL):
+        found = conversation(torch.compile(inside))
+    with packing(bits=4, **SMALL):
+        compiled = torch.compile(outside)
+
+        def step(x, past, beams, length):
+            if past is not None and place == "before":
+                past = [selection(cache, beams, length) for cache in past]
+            out, past = compiled(x, past, beams, length)
+            after = length + x.shape[1]
+            return out, [selection(cache, beams, after) if place == "after" else cache for cache in past]
+
+        expected = conversation(step)
+    for (out, past), (other, caches) in zip(found, expected, strict=True):
+        assert distance(out, other) < noise(4)
+        assert all(distance(a.dense(), b.dense()) < noise(4) for a, b in zip(past, caches, strict=True))
+
+
+@torch.no_grad()
+def test_the_cache_that_is_selected_from_stays_what_it_is():
+    model = Model(before=reordered)
+    with packing(bits=16):
+        compiled = torch.compile(model)
+        x = torch.randn(BATCH, 9, WIDTH)
+        _, past = compiled(x, None, torch.arange(BATCH), 1)
+        before = [cache.dense() for cache in past]
+        one, first = compiled(x[:, :1], past, torch.tensor([2, 2, 0]), 1)
+        two, second = compiled(x[:, :1], past, torch.tensor([0, 1, 2]), 1)
+    assert all(torch.equal(cache.dense(), dense) for cache, dense in zip(past, before, strict=True))
+    for out, caches, beams in ((one, first, [2, 2, 0]), (two, second, [0, 1, 2])):
+        expected, dense = model(x[:, :1], before, torch.tensor(beams), 1)
+        assert distance(out, expected) < NOISE
+        assert all(torch.equal(a.dense(), b) for a, b in zip(caches, dense, strict=True))
+
+
+def with_one_more(cache, beams, length):
+    return torch.cat([cache[beams], cache[:, :, :1]], 2)
+
+
+def other_heads(cache, beams, length):
+    return cache.flip(0)[:, torch.tensor([1, 0])]
+
+
+def fewer_channels(cache, beams, length):
+    """Whatever stands in the place of the channels left out."""
+    return F.pad(cache[..., 1:], (1, 0))
+
+
+@pytest.mark.filterwarnings("ignore:decoquant_compile")
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("selection", [with_one_more, other_heads, fewer_channels])
+def test_what_is_no_selection_of_sequences_or_slots_stays_in_the_graph(selection, place):
+    model = Model(**{place: selection})
+    torch.compiler.reset()
+    with decoquant_compile.enable(bits=16):
+        found = conversation(torch.compile(model))
+    for (out, past), (expected, dense) in zip(found, conversation(model), strict=True):
+        assert distance(out, expected) < NOISE
+        assert all(distance(cache.clone(), other) < NOISE for cache, other in zip(past, dense, strict=True))
