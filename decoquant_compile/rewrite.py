@@ -132,8 +132,8 @@ class Rewritten:
             the input shows.
         kept: positions, among the inputs of the graph as it came, of those that the graph still takes.
         bindings: the cache tensors, in the order of the state buffers: keys and values in turn.
-        again: numbers of the bindings whose buffers come in once more, one for each further write: a compiler makes
-            only the last write to an input in place, and copies the input for others.
+        again: numbers of the bindings whose buffers come in once more, for caches that are written several times: a
+            compiler writes in place only to what is read afterwards alone, and what no later write changes.
         examples: example buffers and numbers for the compiler.
         probe: what takeover needs to know.
         sizes: of the caches that are returned.
@@ -178,7 +178,8 @@ class _Rewriter:
     bindings: list[Binding] = field(default_factory=list)
     states: dict[fx.Node, fx.Node] = field(default_factory=dict)  # by cache tensor
     again: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)  # by cache and its further writes
-    attended: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # by cache: reads since its last write
+    latest: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # by keys' cache: last written to
+    attended: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # by keys' cache: reads since then
     examples: list[Tensor] = field(default_factory=list)
     rooms: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # by placed cache: its numbers
     numbers: list[torch.SymInt] = field(default_factory=list)
@@ -205,7 +206,8 @@ class _Rewriter:
         bound: list[tuple[CacheWrite, Dims]] = [side for site in first for side in _sides(site)]
         bound += [(cache.write, cache.dims) for cache in rebuilt]
         for site in storing:
-            if site not in first:
+            # What is read before the first write to it comes in under another name than what is written.
+            if site not in first or (site.key.result is not None and _reads_before(site)):
                 self._bind_again(site.key)
                 self._bind_again(site.value)
         for (write, _), binding in zip(bound, self.bindings, strict=True):
@@ -248,7 +250,7 @@ class _Rewriter:
 
     def _bind(self, write: CacheWrite, dims: Dims, format_: Format, *, follows: bool = False) -> None:
         index = None if write.born else self.normal.placeholders.index(write.buffer)
-        outputs = tuple(i for i, x in enumerate(self.normal.outputs) if write.returned and x is write.value)
+        outputs = tuple(i for i, x in enumerate(self.normal.outputs) if write.returned and x is write.cache)
         itself = tuple(i for i, x in enumerate(self.normal.outputs) if not write.returned and x is write.cache)
         device = write.cache.meta["val"].device
         self.states[write.cache] = self._add_state(device)
@@ -294,8 +296,10 @@ class _Rewriter:
         rows: list[tuple[int | tuple[int], ...]] = []
         for write, dims in bound:
             batch, heads, slots, _ = sizes(shape(write.cache), dims)
+            # All that is written to it, in one turn or several.
+            tokens = shape(write.new)[dims[2]] if write.result is None else slots - shape(write.buffer)[dims[2]]
             row: list[int | tuple[int]] = []
-            for size in (batch, heads, shape(write.new)[dims[2]], slots) if write.returned else ():
+            for size in (batch, heads, tokens, slots) if write.returned else ():
                 with self.graph.inserting_before(self.graph.output_node()):
                     number = _compat.size_node(self.graph, size)
                 if isinstance(number, int):
@@ -352,13 +356,11 @@ class _Rewriter:
             column = self._column(site, self._sub(key_slots, tokens), shift)
             real = None if column is None else mask
             everybody = None if site.key.partial is None else self._roles(site.key.cache, site.key_dims)[0]
-            is_further = stores and key_state is not self.states[site.key.cache]
-            earlier = self.attended.pop(site.key.cache) if is_further else []
 
             def store(state: fx.Node, new: fx.Node, query: fx.Node | None, slots: Int, format_: Format) -> None:
                 hidden, rows = real, None
-                if earlier:
-                    new = self.graph.call_function(ops.after, (new, earlier))
+                if state in self.again.values():
+                    new = self.graph.call_function(ops.after, (new, self.attended[site.key.cache]))
                 if everybody is not None:
                     new, rows = self._padded(new, everybody)
                     query = query and self._padded(query, everybody)[0]
@@ -367,7 +369,8 @@ class _Rewriter:
                 self.graph.call_function(ops.store, arguments)
 
             def attend(positions: fx.Node) -> None:
-                arguments = (core.query, key_state, value_state, key, value, positions, mask, core.scale, core.softcap)
+                states = self.latest.get(site.key.cache, (self.states[site.key.cache], self.states[site.value.cache]))
+                arguments = (core.query, *states, key, value, positions, mask, core.scale, core.softcap)
                 sizes = (key_slots, first, length, key_format.key(), value_format.key(), core.sink, everybody)
                 result = self.graph.call_function(ops.attend, (*arguments, *sizes))
                 self.attended.setdefault(site.key.cache, []).append(result)
@@ -375,7 +378,7 @@ class _Rewriter:
                     result = self.graph.call_function(target, (result, *others))
                 self.replaced.append((core.node, self._laid_out(result, core.node)))
 
-            appended = site.read is not None and not site.read.after_write
+            appended = _reads_before(site)
             if appended:  # the attention sees the cache as it was
                 held = site.key.kept
                 assert held is not None
@@ -384,6 +387,8 @@ class _Rewriter:
                 seen = known(shape(core.query)[2] == shape(key)[2])  # else they are not of the same tokens
                 store(key_state, key, core.query if seen else None, key_slots, key_format)
                 store(value_state, value, None, value_slots, value_format)
+                self.latest[site.key.cache] = key_state, value_state
+                self.attended[site.key.cache] = []
             if site.read is not None and not appended:
                 attend(stored)
 
@@ -680,10 +685,14 @@ def _storing(sites: Sequence[Site]) -> list[Site]:
     """Of the sites over one write that which stores: the first, or the last where they read the cache as it was."""
     chosen: dict[tuple[fx.Node, fx.Node], Site] = {}
     for site in sites:
-        appended = site.read is not None and not site.read.after_write
-        if appended or (site.key.cache, site.key.value) not in chosen:
+        if _reads_before(site) or (site.key.cache, site.key.value) not in chosen:
             chosen[site.key.cache, site.key.value] = site
     return [site for site in sites if chosen[site.key.cache, site.key.value] is site]
+
+
+def _reads_before(site: Site) -> bool:
+    """Whether an attention reads its cache before the new tokens are stored: storing may move others out."""
+    return site.read is not None and not site.read.after_write
 
 
 def _sides(site: Site) -> list[tuple[CacheWrite, Dims]]:

@@ -32,6 +32,7 @@ from decoquant_compile.patterns.symbols import (
     dtype,
     guarded,
     known,
+    number,
     same_shape,
     same_value,
     shape,
@@ -40,7 +41,7 @@ from decoquant_compile.patterns.symbols import (
 
 aten = torch.ops.aten
 
-__all__ = ["CacheWrite", "Int", "parse", "parse_returned", "parse_turns"]
+__all__ = ["CacheWrite", "Int", "parse", "parse_returned", "parse_returned_turns", "parse_turns"]
 
 _BIRTHS = {
     *(aten.zeros, aten.zeros_like, aten.new_zeros, aten.empty, aten.empty_like, aten.new_empty),
@@ -72,6 +73,7 @@ class CacheWrite:
             followed by all the new ones; "replace": the new tokens.
         offset: "append": the slot, before the write, that stands first in `seen`.
         returned: the value is a tensor of its own, and the buffer stays what it is.
+        result: of several writes in turn to a cache that is returned, the value of the last one.
         partial: dim along which only the first sequences are written, as many as `new` has; None writes all.
         is_stretch: with "read": the buffer is a handle of a growing cache.
     """
@@ -88,13 +90,14 @@ class CacheWrite:
     wraps: bool = False
     offset: Int = 0
     returned: bool = False
+    result: fx.Node | None = None
     partial: int | None = None
     is_stretch: bool = False
 
     @property
     def cache(self) -> fx.Node:
         """The node that stands for the cache: the input that is written, or what is returned."""
-        return self.value if self.returned else self.buffer
+        return self.result or self.value if self.returned else self.buffer
 
     @property
     def born(self) -> bool:
@@ -157,6 +160,34 @@ def parse_turns(buffer: fx.Node, value: fx.Node) -> list[CacheWrite] | Problem:
             return Problem(Reason.TWO_WRITES, f"{write.form} of {write.new}")
         writes.append(replace(write, buffer=buffer))
         before = turn
+    return writes
+
+
+def parse_returned_turns(value: fx.Node) -> list[CacheWrite] | None:
+    """Read how a graph appends to one of its inputs in several turns and returns the result; None for anything else.
+
+    Args:
+        value: a tensor that the graph returns.
+
+    Returns:
+        The writes in their order.
+    """
+    turns: list[fx.Node] = []
+    node = plain(value)
+    while node.target is aten.cat.default and len(argument(node, "tensors")) == 2:
+        turns.insert(0, node)
+        node = plain(argument(node, "tensors")[0])
+    if node.op != "placeholder" or len(turns) < 2:
+        return None
+    writes: list[CacheWrite] = []
+    for turn in turns:
+        old, new = argument(turn, "tensors")
+        dim = argument(turn, "dim") % len(shape(turn))
+        with value.graph.inserting_before(turn):
+            kept = number(value.graph, shape(old)[dim])
+        if kept is None or not dtype(old) == dtype(new) == dtype(node) or (writes and writes[0].slot_dim != dim):
+            return None
+        writes.append(CacheWrite("cat", node, turn, new, dim, turn, kept=kept, returned=True, result=value))
     return writes
 
 

@@ -15,7 +15,7 @@ from torch import fx
 from decoquant_compile.patterns import blocks, flow
 from decoquant_compile.patterns.attention import anchors, cores, readers
 from decoquant_compile.patterns.blocks import Expansion
-from decoquant_compile.patterns.cache import CacheWrite, parse, parse_returned, parse_turns
+from decoquant_compile.patterns.cache import CacheWrite, parse, parse_returned, parse_returned_turns, parse_turns
 from decoquant_compile.patterns.core import AttentionCore
 from decoquant_compile.patterns.movement import Repeat, Walk, moves, operand, peel, plain
 from decoquant_compile.patterns.reject import Problem, Reason, Reject
@@ -208,7 +208,12 @@ class _Matcher:
                 self._learn(buffer, value, parse(buffer, value))
         mutated = {buffer for _, buffer in self.mutations}
         for output in dict.fromkeys(self.outputs):
-            write = parse_returned(output) if len(shape(output)) >= 3 else None
+            if len(shape(output)) < 3:
+                continue
+            if (turns := parse_returned_turns(output)) is not None:
+                self._learn_turns(output, turns)
+                continue
+            write = parse_returned(output)
             is_known = isinstance(write, CacheWrite) and write.buffer in mutated
             if write is not None and not is_known:
                 self._learn(output, output, write)
@@ -226,9 +231,7 @@ class _Matcher:
             node = plain(value)
             turns = parse_turns(cache, value) if cache is not value else write
             if not isinstance(turns, Problem):
-                self.turns[cache] = turns
-                for turn in turns:
-                    self._show(turn)
+                self._learn_turns(cache, turns)
                 return
             self.evidence[node] = write
             if cache is value and moves(node):  # a part of what attention reads is returned
@@ -236,6 +239,11 @@ class _Matcher:
             return
         self.writes[cache] = write
         self._show(write)
+
+    def _learn_turns(self, cache: fx.Node, turns: list[CacheWrite]) -> None:
+        self.turns[cache] = turns
+        for turn in turns:
+            self._show(turn)
 
     def _show(self, write: CacheWrite) -> None:
         """Make a write known by what attentions may read of it."""

@@ -8,7 +8,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
-from tests.end_to_end.harness import NOISE, SMALL, assert_packed, distance, noise, packing
+from tests.end_to_end.harness import NOISE, SMALL, assert_packed, distance, noise, packing, shown
 
 SLOTS, HEADS, KV_HEADS, CHANNELS, VOCAB = 64, 4, 2, 32, 50
 WIDTH = HEADS * CHANNELS
@@ -114,12 +114,72 @@ def test_at_4_bits_a_step_reads_what_the_step_before_stored(kind):
             assert distance(cache.dense(), other.dense()) < 10 * noise(4)
 
 
+class Growing(nn.Module):
+    """Several tokens one by one, each appended to keys and values that the caller hands in."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(WIDTH, heads * CHANNELS) for heads in (HEADS, KV_HEADS, KV_HEADS))
+
+    def forward(self, keys, values, *parts):
+        outs = []
+        for part in parts:
+            q, k, v = (f(part).unflatten(2, (-1, CHANNELS)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+            mask = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - q.shape[2])
+            outs.append(F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True))
+        return torch.cat(outs, 2), keys, values
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
 @torch.no_grad()
-def test_the_compiled_graph_makes_no_copy_of_a_state():
-    model = Chunked()
-    call = torch.zeros(2, 15, dtype=torch.int64), torch.arange(15)
+def test_a_cache_that_grows_several_times_in_a_call(dynamic):
+    model = Growing()
+    cache = [torch.randn(2, KV_HEADS, 7, CHANNELS) for _ in range(2)]
+    dense = [x.clone() for x in cache]
+    with packing(bits=16) as session:
+        forward = torch.compile(model, dynamic=dynamic)
+        for tokens, steps in ((4, 2), (4, 2), (3, 3), (1, 1), (9, 3)):
+            before, earlier = dense, cache
+            parts = torch.randn(2, tokens, WIDTH).chunk(steps, 1)
+            out, *cache = forward(*cache, *parts)
+            expected, *dense = model(*dense, *parts)
+            assert distance(out, expected) < NOISE
+            assert all(torch.equal(a.dense(), b) for a, b in zip(cache, dense, strict=True))
+            for a, b in zip(earlier, before, strict=True):
+                assert torch.equal(shown(a), b)
+        assert_packed(cache)
+    assert {finding.write for graph in session.report().graphs for finding in graph.findings} == {"cat"}
+
+
+@torch.no_grad()
+def test_a_growing_step_reads_what_the_step_before_stored():
+    model = Growing()
+    at_once = one_by_one = [torch.randn(2, KV_HEADS, 40, CHANNELS) for _ in range(2)]
+    with packing(bits=4, **SMALL):
+        forward = torch.compile(model)
+        for _ in range(4):
+            parts = torch.randn(2, 3, WIDTH).split(1, 1)
+            out, *at_once = forward(*at_once, *parts)
+            outs = []
+            for part in parts:
+                other, *one_by_one = forward(*one_by_one, part)
+                outs.append(other)
+            assert distance(out, torch.cat(outs, 2)) < noise(4)
+            assert all(distance(a.dense(), b.dense()) < noise(4) for a, b in zip(at_once, one_by_one, strict=True))
+
+
+@pytest.mark.parametrize("grows", [False, True])
+@torch.no_grad()
+def test_the_compiled_graph_makes_no_copy_of_a_state(grows):
+    model = Growing() if grows else Chunked()
+    if grows:
+        call = [*(torch.randn(2, KV_HEADS, 7, CHANNELS) for _ in range(2)), *torch.randn(2, 6, WIDTH).chunk(3, 1)]
+    else:
+        call = [torch.zeros(2, 15, dtype=torch.int64), torch.arange(15)]
     with packing(bits=4):
         _, codes = run_and_get_code(torch.compile(model), *call)
     code = "".join(codes)
-    assert code.count("torch.ops.decoquant.store_v4.default(") == 3 * len(model.caches)
+    assert code.count("torch.ops.decoquant.store_v4.default(") == 3 * 2 * (1 if grows else len(model.layers))
     assert "torch.uint8" not in code.partition("def get_args")[0].partition("def call")[2]

@@ -590,9 +590,25 @@ def in_turns_and_used_between(q, k, v, keys, values, positions, mask):
     return first + attend(q, keys, values, mask)
 
 
+def growing_in_turns_and_used_between(q, k, v, keys, values, positions, mask):
+    keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+    first = attend(q, keys, values)
+    keys, values = torch.cat([keys, k * keys.mean()], 2), torch.cat([values, v], 2)
+    return first + attend(q, keys, values), keys, values
+
+
+def growing_in_turns_read_once(q, k, v, keys, values, positions, mask):
+    keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+    first = attend(q, k, v)
+    keys, values = torch.cat([keys, v], 2), torch.cat([values, k], 2)
+    return first + attend(q, keys, values), keys, values
+
+
 @pytest.mark.parametrize(
     ("function", "reasons"),
     [
+        (growing_in_turns_and_used_between, {Reason.CACHE_VALUE_ESCAPES}),
+        (growing_in_turns_read_once, {Reason.SAME_TENSOR, Reason.TWO_WRITES}),
         (keys_in_turns, {Reason.POSITIONS_DIFFER, Reason.SHARED_CACHE}),
         (in_turns_read_in_the_other_order, {Reason.READ_BEFORE_WRITE}),
         (in_turns_and_used_between, {Reason.CACHE_VALUE_ESCAPES}),
