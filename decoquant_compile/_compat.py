@@ -24,6 +24,7 @@ from torch._dynamo.exc import RestartAnalysis, SkipFrame, TensorifyScalarRestart
 from torch._dynamo.source import SyntheticLocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._dynamo.utils import counters as dynamo_counters
+from torch._dynamo.variables.torch_function import TensorWithTFOverrideVariable
 from torch._functorch import predispatch
 from torch._functorch._aot_autograd import functional_utils
 from torch._guards import CompileContext, TracingContext, tracing
@@ -465,6 +466,22 @@ def size_node(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node:
 def never_a_frame(function: Callable[..., Any]) -> None:
     """Keep Dynamo from compiling a function that plain Python calls; where it traces a caller, it goes on as before."""
     eval_frame.skip_code(function.__code__)
+
+
+def keep_class(subclass: type[Tensor]) -> None:
+    """Let Dynamo remember that a tensor is of a subclass once it is written in place.
+
+    torch 2.13 takes it for a plain one after a write of another tensor, and cannot inline functions in Python on it then.
+    """
+    inherited = TensorWithTFOverrideVariable.synchronize_attributes
+
+    def synchronize_attributes(self: Any, tx: Any, target_cls: Any = None) -> None:
+        before = self.class_type
+        inherited(self, tx, target_cls)
+        if before is subclass:
+            self.class_type = before
+
+    TensorWithTFOverrideVariable.synchronize_attributes = synchronize_attributes
 
 
 def graph_breaks() -> Counter[str]:

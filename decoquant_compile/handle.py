@@ -62,8 +62,9 @@ class CacheTensor(Tensor):
             _require_own_backend()
             if (function := _bound(func)) is not None:
                 return functools.partial(function, *args)
-            func = _ARITHMETIC.get(getattr(func, "__name__", ""), func)
             with _compat.no_subclass_dispatch():
+                if type(func) is FunctionType:
+                    args, kwargs = _compat.tree_map(_plainly, (args, kwargs or {}))
                 return func(*args, **(kwargs or {}))
         caller = sys._getframe(1).f_globals.get("__name__")
         return _call(caller, func, tuple(args), dict(kwargs or {}))
@@ -106,8 +107,10 @@ class CacheTensor(Tensor):
         """Refused, as all that needs the memory; PyTorch does not pass it to `__torch_function__`."""
         raise _refusal("set_")
 
-    def as_subclass(self, _cls: Any) -> Any:
-        """Refused for the same reason."""
+    def as_subclass(self, cls: Any) -> Any:
+        """Itself as what it is, which Dynamo asks of a view that a graph returns; refused for the same reason else."""
+        if cls is CacheTensor:
+            return self
         raise _refusal("as_subclass")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
@@ -506,24 +509,15 @@ def _bound(func: Any) -> Callable[..., Any] | None:
     """The function to bind where Dynamo asks a handle for a method that is written in Python, which it cannot bind."""
     if getattr(func, "__name__", None) != "__get__" or type(getattr(func, "__self__", None)) is not FunctionType:
         return None
-    name = func.__self__.__name__
-    if name == "split":
-        return torch.split
-    return torch.unflatten if name == "unflatten" else None
+    return getattr(torch, func.__self__.__name__, None)
 
 
-# `Tensor`'s own are written in Python and ask again whether there is a subclass: Dynamo says yes, even within
-# `no_subclass_dispatch`.
-_ARITHMETIC: dict[str, Callable[..., Any]] = {
-    "pow": torch.pow,  # the name of what `__pow__` wraps
-    "__rsub__": torch.rsub,
-    "__rdiv__": lambda tensor, other: tensor.reciprocal() * other,
-    "__rpow__": lambda tensor, other: torch.pow(other, tensor),
-    "__rmod__": lambda tensor, other: torch.remainder(other, tensor),
-    "__floordiv__": torch.floor_divide,
-    "__rfloordiv__": lambda tensor, other: torch.floor_divide(other, tensor),
-    "__rmatmul__": lambda tensor, other: torch.matmul(other, tensor),
-}
+def _plainly(x: Any) -> Any:
+    """What a graph gets of a handle for a function that is written in Python.
+
+    Such a function asks again whether there is a subclass, and Dynamo says yes, even within `no_subclass_dispatch`.
+    """
+    return torch.ops.aten.alias.default(x) if isinstance(x, CacheTensor) else x
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -549,6 +543,7 @@ def applied(func: Callable[..., Any], tensor: Tensor, *args: Any) -> Any:
 
 # In a frame that Dynamo has left to Python it would take this for one to compile, and `is_compiling` for true.
 _compat.never_a_frame(CacheTensor.__torch_function__)
+_compat.keep_class(CacheTensor)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from decoquant_compile.patterns.symbols import argument, computed, dtype, guarded, known, shape, size_of
+from decoquant_compile.patterns.movement import plain, sliced
+from decoquant_compile.patterns.symbols import argument, computed, dtype, guarded, known, same_shape, shape, size_of
 
 aten = torch.ops.aten
 
@@ -82,6 +83,53 @@ def _guard_slice(scatter: fx.Node) -> None:
         guarded(condition)
 
 
+def _one_slice_scatter(scatter: fx.Node) -> None:
+    _guard_slice(scatter)
+    _join(scatter)
+
+
+def _join(scatter: fx.Node) -> None:
+    """A longer tensor that gets old slots, and new ones behind them, is the two put together."""
+    dim, base, new = argument(scatter, "dim") % len(shape(scatter)), plain(argument(scatter, "self")), _source(scatter)
+    old = _grown(base, dim)
+    if old is None or not dtype(old) == dtype(new) == dtype(scatter):
+        return
+    held, tokens, start = shape(old)[dim], shape(new)[dim], size_of(argument(scatter, "start") or 0)
+    if (
+        argument(scatter, "step") == 1
+        and (known(start == held) or known(start == -tokens))
+        and same_shape(shape(scatter), (*shape(old)[:dim], held + tokens, *shape(old)[dim + 1 :]))
+    ):
+        with scatter.graph.inserting_before(scatter):
+            joined = computed(scatter.graph, aten.cat.default, [old, new], dim)
+        scatter.replace_all_uses_with(joined)
+        scatter.graph.erase_node(scatter)
+
+
+def _grown(node: fx.Node, dim: int) -> fx.Node | None:
+    """What a tensor begins with, along a dim, where the rest of it is still to be filled."""
+    if node.target in (aten.pad.default, aten.constant_pad_nd.default):  # filled or not: all of it is written
+        pad = argument(node, "pad")
+        before, others = pad[::2], [n for i, n in enumerate(pad[1::2]) if i != len(shape(node)) - 1 - dim]
+        source = argument(node, "self")
+        return source if not any(n != 0 for n in (*before, *others)) else None
+    if node.target is aten.slice_scatter.default and plain(argument(node, "self")).target in _BLANK:
+        span = sliced(node)
+        along = argument(node, "dim") % len(shape(node)) == dim
+        return _source(node) if along and span is not None and span.first == 0 else None
+    return None
+
+
+def _source(scatter: fx.Node) -> fx.Node:
+    """What a `slice_scatter` puts in place: of `copy` what is copied, if it does not cast."""
+    source: fx.Node = argument(scatter, "src")
+    if source.target is aten.copy.default:
+        copied: fx.Node = argument(source, "src")
+        if dtype(copied) == dtype(source) and same_shape(shape(copied), shape(source)):
+            return copied
+    return source
+
+
 def _fill_by_itself(like: fx.Node) -> None:
     """A new tensor of a given size takes only dtype and device of another, which need not be computed for that."""
     source, target = like.args[0], _FILLED[like.target]
@@ -104,6 +152,12 @@ def _fill_by_itself(like: fx.Node) -> None:
     like.graph.erase_node(like)
 
 
+_BLANK = {
+    *(aten.empty.memory_format, aten.zeros.default, aten.full.default, aten.ones.default),
+    *(aten.new_empty.default, aten.new_zeros.default, aten.new_full.default, aten.new_ones.default),
+    *(aten.empty_like.default, aten.zeros_like.default, aten.full_like.default, aten.ones_like.default),
+}
+
 _FILLED: dict[Any, Any] = {
     aten.new_ones.default: aten.ones.default,
     aten.new_zeros.default: aten.zeros.default,
@@ -115,6 +169,6 @@ _RULES: dict[Callable[..., Any], Callable[[fx.Node], None]] = {
     aten.unbind.int: _select_each,
     aten.index_put.default: _widen_indices,
     aten.cat.default: _scatter,
-    aten.slice_scatter.default: _guard_slice,
+    aten.slice_scatter.default: _one_slice_scatter,
     **dict.fromkeys(_FILLED, _fill_by_itself),
 }

@@ -98,6 +98,40 @@ def test_a_frame_that_is_left_to_python():
     assert compiled(cache) == (expected, 1)
 
 
+NORM = torch.nn.RMSNorm(CHANNELS)
+
+IN_PYTHON = {  # functions that ask again whether an argument is of a subclass
+    "F.pad": lambda t: F.pad(t, (0, 0, 0, 1))[:, :, :-1],
+    "RMSNorm": NORM,
+    "F.rms_norm": lambda t: F.rms_norm(t, (CHANNELS,)),
+    "norm": lambda t: t / t.norm(dim=-1, keepdim=True),
+    "torch.norm": lambda t: t / torch.norm(t, p=2, dim=-1, keepdim=True),
+    "F.normalize": lambda t: F.normalize(t, dim=-1),
+    "F.layer_norm": lambda t: F.layer_norm(t, (CHANNELS,)),
+    "F.threshold": lambda t: F.threshold(t, 0.1, 0.0),
+    "einsum": lambda t: torch.einsum("bhsd,de->bhse", t, torch.eye(CHANNELS)),
+    "iterated": lambda t: torch.stack(list(t)),
+}
+
+
+@pytest.mark.parametrize("write", ["index_copy", "setitem"])
+@pytest.mark.parametrize("name", IN_PYTHON)
+@torch.no_grad()
+def test_functions_in_python_after_a_write(name, write):
+    def step(cache, positions, new, query):
+        new = new.unflatten(2, (HEADS, CHANNELS)).transpose(1, 2)
+        if write == "index_copy":
+            cache.index_copy_(2, positions, new)
+        else:
+            cache[:, :, positions] = new
+        keys = IN_PYTHON[name](cache)
+        return F.scaled_dot_product_attention(query, keys, keys)
+
+    cache = torch.rand(1, HEADS, SLOTS, CHANNELS) + 0.1
+    for _ in compared(step, cache, cache.clone(), (3, 1, 1), fullgraph=True):
+        assert type(cache) is CacheTensor
+
+
 @torch.no_grad()
 def test_a_handle_is_used_while_another_thread_compiles():
     """`torch.compiler.is_compiling` is a flag of the process."""

@@ -111,3 +111,68 @@ def test_a_conversion_of_nothing_is_an_alias(convert):
         return y + 0
 
     folded(write_to_the_source, X)
+
+
+def padded(x, new):
+    whole = torch.nn.functional.pad(x, (0, 0, 0, new.shape[2]))
+    whole[:, :, -new.shape[2] :] = new
+    return whole
+
+
+def put_into_zeros(x, new):
+    whole = x.new_zeros(2, 3, x.shape[2] + new.shape[2], 4)
+    whole[:, :, : x.shape[2]] = x
+    whole[:, :, x.shape[2] :] = new
+    return whole
+
+
+def copied_into_what_was_empty(x, new):
+    whole = torch.empty(2, 3, x.shape[2] + new.shape[2], 4)
+    whole.narrow(2, 0, x.shape[2]).copy_(x)
+    whole.narrow(2, x.shape[2], new.shape[2]).copy_(new)
+    return whole
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("grow", [padded, put_into_zeros, copied_into_what_was_empty])
+def test_a_longer_tensor_that_is_filled_is_two_put_together(grow, dynamic):
+    recorder, got = capture(grow, X, NEW, compiler=interpret, dynamic=dynamic)
+    assert torch.equal(got, torch.cat([X, NEW], 2))
+    (joined,) = recorder.graphs[0].graph.find_nodes(op="call_function", target=aten.cat.default)
+    assert all(part.op == "placeholder" for part in joined.args[0])
+
+
+def padded_before(x, new):
+    whole = torch.nn.functional.pad(x, (0, 0, new.shape[2], 0))
+    whole[:, :, : new.shape[2]] = new
+    return whole
+
+
+def padded_too_far(x, new):
+    whole = torch.nn.functional.pad(x, (0, 0, 0, 5))
+    whole[:, :, 10:12] = new
+    return whole
+
+
+def padded_along_two(x, new):
+    whole = torch.nn.functional.pad(x, (0, 1, 0, 2))
+    whole[:, :, 10:] = torch.nn.functional.pad(new, (0, 1))
+    return whole
+
+
+def over_the_old(x, new):
+    whole = torch.nn.functional.pad(x, (0, 0, 0, 1))
+    whole[:, :, 9:] = new
+    return whole
+
+
+def from_the_second(x, new):
+    whole = x.new_zeros(2, 3, 12, 4)
+    whole[:, :, 1:11] = x
+    whole[:, :, 10:] = new
+    return whole
+
+
+@pytest.mark.parametrize("grow", [padded_before, padded_too_far, padded_along_two, over_the_old, from_the_second])
+def test_what_is_more_than_two_put_together_stays(grow):
+    assert aten.cat.default not in targets(folded(grow, X, NEW))
