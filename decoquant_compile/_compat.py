@@ -471,7 +471,7 @@ def never_a_frame(function: Callable[..., Any]) -> None:
 def keep_class(subclass: type[Tensor]) -> None:
     """Let Dynamo remember that a tensor is of a subclass once it is written in place.
 
-    torch 2.13 takes it for a plain one after a write of another tensor, and cannot inline functions in Python on it then.
+    torch 2.13 takes it for a plain one after a write of another tensor, and cannot inline functions in Python on it.
     """
     inherited = TensorWithTFOverrideVariable.synchronize_attributes
 
@@ -481,7 +481,7 @@ def keep_class(subclass: type[Tensor]) -> None:
         if before is subclass:
             self.class_type = before
 
-    TensorWithTFOverrideVariable.synchronize_attributes = synchronize_attributes
+    TensorWithTFOverrideVariable.synchronize_attributes = synchronize_attributes  # type: ignore[method-assign]
 
 
 def graph_breaks() -> Counter[str]:
