@@ -285,8 +285,9 @@ class PackedGraph:
         return results
 
     def _probed(self, args: Sequence[Any]) -> Sequence[Any]:
+        transients = Transients()  # a mask may be computed from what another handle holds
         with torch.no_grad():
-            outputs: Sequence[Any] = self.probe.graph(*(args[i] for i in self.probe.inputs))
+            outputs: Sequence[Any] = self.probe.graph(*(transients.lower(args[i]) for i in self.probe.inputs))
         return outputs
 
     def _mask(self, number: int, outputs: Sequence[Any]) -> tuple[Tensor, int] | None:

@@ -9,11 +9,12 @@ from torch import Tensor, fx
 
 from decoquant_compile import _compat
 from decoquant_compile.dims import Dims
-from decoquant_compile.handle import applied
+from decoquant_compile.handle import Transients, applied
 from decoquant_compile.normalize import Normal
 from decoquant_compile.patterns import selections as patterns
 from decoquant_compile.patterns.cache import CacheWrite
 from decoquant_compile.patterns.selections import Selection
+from decoquant_compile.patterns.symbols import computed
 from decoquant_compile.subgraph import cut, is_heavy
 
 Value: TypeAlias = int | tuple[int] | None
@@ -34,9 +35,9 @@ class Step:
     selection: Selection
     values: tuple[Value, ...]
 
-    def __call__(self, tensor: Tensor, computed: Sequence[Any]) -> Tensor:
-        """The part of a tensor, where `computed` are the values that are no constants."""
-        values = [computed[x[0]] if isinstance(x, tuple) else x for x in self.values]
+    def __call__(self, tensor: Tensor, known: Sequence[Any]) -> Tensor:
+        """The part of a tensor, where `known` has the values that are no constants."""
+        values = [known[x[0]] if isinstance(x, tuple) else x for x in self.values]
         before = (slice(None),) * self.selection.dim
         if self.selection.kind == "index_select":
             return applied(torch.index_select, tensor, self.selection.dim, values[0])
@@ -71,10 +72,11 @@ class Selections:
         if not self.taken:
             return args
         with torch.no_grad():
-            computed = self.graph(*(args[i] for i in self.inputs))
+            transients = Transients()  # an index may be computed from what another handle holds
+            values = self.graph(*(transients.lower(args[i]) for i in self.inputs))
             given = list(args)
             for step in self.taken:
-                given.append(step(given[step.place], computed))
+                given.append(step(given[step.place], values))
         return given
 
     def of_examples(self, args: Sequence[Any]) -> Sequence[Any]:
@@ -128,14 +130,14 @@ def select(normal: Normal, whole: Collection[int] = ()) -> Selections:
             input that it selects from stays, without users.
         whole: inputs and results that stay as they are, as of `Selections.unserved`.
     """
-    first, computed = len(normal.placeholders), list[fx.Node]()
-    taken = _take(normal, whole, computed)
-    graph, inputs = cut(normal.gm, normal.placeholders, computed)
+    first, needed = len(normal.placeholders), list[fx.Node]()
+    taken = _take(normal, whole, needed)
+    graph, inputs = cut(normal.gm, normal.placeholders, needed)
     return Selections(graph, inputs, tuple(taken), first, tuple(_give(normal, whole)))
 
 
-def _take(normal: Normal, whole: Collection[int], computed: list[fx.Node]) -> list[Step]:
-    """Put inputs in the places of the selections of inputs; `computed` gets the values that are needed for them."""
+def _take(normal: Normal, whole: Collection[int], needed: list[fx.Node]) -> list[Step]:
+    """Put inputs in the places of the selections of inputs; `needed` gets the values that they take."""
     graph, steps = normal.graph, list[Step]()
     kept = {target for _, target in normal.mutations} | {normal.placeholders[i] for i in whole if i >= 0}
     while found := next((x for x in patterns.taken(graph, kept) if not _is_late(x[2])), None):
@@ -145,7 +147,7 @@ def _take(normal: Normal, whole: Collection[int], computed: list[fx.Node]) -> li
             part = graph.placeholder(f"{given.name}_selected")
         part.meta["val"] = node.meta["val"]
         _compat.add_part_source(part, given, f".{selection.kind}")
-        steps.append(_step(place, selection, computed))
+        steps.append(_step(place, selection, needed))
         node.replace_all_uses_with(part)
         graph.erase_node(node)
         kept.add(given)
@@ -154,7 +156,7 @@ def _take(normal: Normal, whole: Collection[int], computed: list[fx.Node]) -> li
 
 def _give(normal: Normal, whole: Collection[int]) -> list[Step]:
     """Return the tensors that are selected from in the places of the selections, and the values behind them all."""
-    outputs, computed = list(normal.outputs), list(normal.outputs)
+    outputs, needed = list(normal.outputs), list(normal.outputs)
     written, steps = {value for value, _ in normal.mutations}, list[Step]()
     for place, output in enumerate(normal.outputs):
         if not isinstance(output, fx.Node) or output in written or ~place in whole or outputs.count(output) > 1:
@@ -162,20 +164,29 @@ def _give(normal: Normal, whole: Collection[int]) -> list[Step]:
         base, chain = patterns.returned(output)
         if base.op != "placeholder":
             outputs[place] = base
-            steps += [_step(place, selection, computed) for selection in chain]
-    normal.outputs = (*outputs, *computed[len(outputs) :])
+            steps += [_step(place, selection, needed) for selection in chain]
+    values = [_kept(x) for x in needed[len(outputs) :]]
+    normal.outputs = (*outputs, *values)
     return steps
 
 
-def _step(place: int, selection: Selection, computed: list[Any]) -> Step:
+def _kept(value: fx.Node) -> fx.Node:
+    """A value as it is in the graph, where it may be an input that the graph writes to in the end."""
+    if not isinstance(value.meta["val"], Tensor):
+        return value
+    with value.graph.inserting_before(value.graph.output_node()):
+        return computed(value.graph, torch.ops.aten.clone.default, value)
+
+
+def _step(place: int, selection: Selection, needed: list[Any]) -> Step:
     values: list[Value] = []
     for value in selection.values:
         if not isinstance(value, fx.Node):
             values.append(value)
             continue
-        if value not in computed:
-            computed.append(value)
-        values.append((computed.index(value),))
+        if value not in needed:
+            needed.append(value)
+        values.append((needed.index(value),))
     return Step(place, selection, tuple(values))
 
 

@@ -133,6 +133,46 @@ def test_the_cache_that_is_selected_from_stays_what_it_is():
         assert all(torch.equal(a.dense(), b) for a, b in zip(caches, dense, strict=True))
 
 
+@torch.no_grad()
+def test_an_index_that_the_graph_changes_afterwards():
+    class Changing(Model):
+        def forward(self, x, past, beams, length: int):
+            result = super().forward(x, past, beams, length)
+            beams.add_(1).remainder_(BATCH)
+            return result
+
+    for place in ("before", "after"):
+        model = Changing(**{place: indexed})
+        with packing(bits=16):
+            found = conversation(torch.compile(model))
+        for (out, past), (expected, dense) in zip(found, conversation(model), strict=True):
+            assert distance(out, expected) < NOISE
+            assert all(torch.equal(cache.dense(), other) for cache, other in zip(past, dense, strict=True))
+
+
+@torch.no_grad()
+def test_an_index_that_comes_from_another_cache():
+    one, two = Model(), Model()
+
+    def step(x, past, others):
+        beams = torch.arange(BATCH) if others is None else others[0][:, 0, 0, 0].argsort()
+        out, past = one(x, past if past is None else [cache[beams] for cache in past], beams, 0)
+        other, others = two(2 * x, others, beams, 0)
+        return out + other, past, others
+
+    torch.compiler.reset()
+    with decoquant_compile.enable(bits=16) as session:
+        compiled, given, expected = torch.compile(step), (None, None), (None, None)
+        for tokens in (9, 1, 1, 1):
+            x = torch.randn(BATCH, tokens, WIDTH)
+            got, *given = compiled(x, *given)
+            want, *expected = step(x, *expected)
+            assert distance(got, want) < NOISE
+            for caches, dense in zip(given, expected, strict=True):
+                assert all(torch.equal(a.dense(), b) for a, b in zip(caches, dense, strict=True))
+    assert all(finding.rewritten for graph in session.report().graphs for finding in graph.findings)
+
+
 def with_one_more(cache, beams, length):
     return torch.cat([cache[beams], cache[:, :, :1]], 2)
 
