@@ -156,7 +156,7 @@ def _take(normal: Normal, whole: Collection[int], needed: list[fx.Node]) -> list
 
 def _give(normal: Normal, whole: Collection[int]) -> list[Step]:
     """Return the tensors that are selected from in the places of the selections, and the values behind them all."""
-    outputs, needed = list(normal.outputs), list(normal.outputs)
+    outputs, needed = list(normal.outputs), list[fx.Node]()
     written, steps = {value for value, _ in normal.mutations}, list[Step]()
     for place, output in enumerate(normal.outputs):
         if not isinstance(output, fx.Node) or output in written or ~place in whole or outputs.count(output) > 1:
@@ -164,9 +164,8 @@ def _give(normal: Normal, whole: Collection[int]) -> list[Step]:
         base, chain = patterns.returned(output)
         if base.op != "placeholder":
             outputs[place] = base
-            steps += [_step(place, selection, needed) for selection in chain]
-    values = [_kept(x) for x in needed[len(outputs) :]]
-    normal.outputs = (*outputs, *values)
+            steps += [_step(place, selection, needed, len(outputs)) for selection in chain]
+    normal.outputs = (*outputs, *map(_kept, needed))
     return steps
 
 
@@ -178,7 +177,8 @@ def _kept(value: fx.Node) -> fx.Node:
         return computed(value.graph, torch.ops.aten.clone.default, value)
 
 
-def _step(place: int, selection: Selection, needed: list[Any]) -> Step:
+def _step(place: int, selection: Selection, needed: list[fx.Node], before: int = 0) -> Step:
+    """A selection whose values are `needed`, of which the first is number `before`."""
     values: list[Value] = []
     for value in selection.values:
         if not isinstance(value, fx.Node):
@@ -186,7 +186,7 @@ def _step(place: int, selection: Selection, needed: list[Any]) -> Step:
             continue
         if value not in needed:
             needed.append(value)
-        values.append((needed.index(value),))
+        values.append((before + needed.index(value),))
     return Step(place, selection, tuple(values))
 
 
