@@ -331,7 +331,6 @@ def packed(
         rewritten.kept,
         handles,
         rewritten.bindings,
-        rewritten.again,
         found.selections,
         found.stacks,
         rewritten.probe,

@@ -127,13 +127,11 @@ class Rewritten:
     """A graph on packed state.
 
     Attributes:
-        gm: ready for Inductor; its inputs are Dynamo's inputs `kept`, then one state buffer for each binding, then the
-            buffers `again`, then, for each binding that `is_placed`, the slots of its state and the first slot of what
-            the input shows.
+        gm: ready for Inductor; its inputs are Dynamo's inputs `kept`, then one state buffer for each binding, then, for
+            each binding that `is_placed`, the slots of its state and the first slot of what the input shows. Behind
+            Dynamo's results it may give others.
         kept: positions, among the inputs of the graph as it came, of those that the graph still takes.
         bindings: the cache tensors, in the order of the state buffers: keys and values in turn.
-        again: numbers of the bindings whose buffers come in once more, for caches that are written several times: a
-            compiler writes in place only to what is read afterwards alone, and what no later write changes.
         examples: example buffers and numbers for the compiler.
         probe: what takeover needs to know.
         sizes: of the caches that are returned.
@@ -142,7 +140,6 @@ class Rewritten:
     gm: fx.GraphModule
     kept: tuple[int, ...]
     bindings: tuple[Binding, ...]
-    again: tuple[int, ...]
     examples: tuple[Tensor | torch.SymInt, ...]
     probe: Probe
     sizes: Sizes
@@ -177,8 +174,8 @@ class _Rewriter:
     spent: Collection[int] = ()
     bindings: list[Binding] = field(default_factory=list)
     states: dict[fx.Node, fx.Node] = field(default_factory=dict)  # by cache tensor
-    again: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)  # by cache and its further writes
-    latest: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # by keys' cache: last written to
+    turns: set[fx.Node] = field(default_factory=set)  # the keys' caches that are written several times
+    written: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # by keys' cache: tokens of its last write
     attended: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # by keys' cache: reads since then
     examples: list[Tensor] = field(default_factory=list)
     rooms: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # by placed cache: its numbers
@@ -196,6 +193,7 @@ class _Rewriter:
         rebuilt = list({c.write.cache: c for s in sites if isinstance(s, RebuiltSite) for c in s.caches}.values())
         storing = _storing(attended)
         first = list({site.key.cache: site for site in reversed(storing)}.values())[::-1]  # of each cache
+        self.turns = {site.key.cache for site in storing if site not in first}
         for site in first:
             self._note(site)
             self._bind(site.key, site.key_dims, formats[site.key.cache])
@@ -205,11 +203,6 @@ class _Rewriter:
             self._bind(cache.write, cache.dims, formats[cache.write.cache])
         bound: list[tuple[CacheWrite, Dims]] = [side for site in first for side in _sides(site)]
         bound += [(cache.write, cache.dims) for cache in rebuilt]
-        for site in storing:
-            # What is read before the first write to it comes in under another name than what is written.
-            if site not in first or (site.key.result is not None and _reads_before(site)):
-                self._bind_again(site.key)
-                self._bind_again(site.value)
         for (write, _), binding in zip(bound, self.bindings, strict=True):
             if binding.is_placed:
                 self._make_room(write)
@@ -225,6 +218,10 @@ class _Rewriter:
         for old, new in self.replaced:  # last: one attention may be the operand of another
             old.replace_all_uses_with(new)
             self.graph.erase_node(old)
+        if last := [token for written in self.written.values() for token in written]:
+            with self.graph.inserting_before(self.graph.output_node()):
+                token = self.graph.call_function(ops.after, (last[0], last))
+            self.normal.outputs = (*self.normal.outputs, token)
         held = set(self.states)
         self.normal.mutations = [(value, target) for value, target in self.normal.mutations if target not in held]
         caches = {write.cache for write, _ in bound}
@@ -245,38 +242,26 @@ class _Rewriter:
         left = gm.graph.find_nodes(op="placeholder")
         kept = tuple(inputs.index(node) for node in left if node in inputs)
         examples: tuple[Tensor | torch.SymInt, ...] = (*self.examples, *self.numbers)
-        caches_again = [list(self.states).index(cache) for cache, _ in self.again]
-        return Rewritten(gm, kept, tuple(self.bindings), tuple(caches_again), examples, probe, sizes)
+        return Rewritten(gm, kept, tuple(self.bindings), examples, probe, sizes)
 
     def _bind(self, write: CacheWrite, dims: Dims, format_: Format, *, follows: bool = False) -> None:
         index = None if write.born else self.normal.placeholders.index(write.buffer)
         outputs = tuple(i for i, x in enumerate(self.normal.outputs) if write.returned and x is write.cache)
         itself = tuple(i for i, x in enumerate(self.normal.outputs) if not write.returned and x is write.cache)
         device = write.cache.meta["val"].device
-        self.states[write.cache] = self._add_state(device)
+        last = self.graph.find_nodes(op="placeholder")[-1]
+        number = len(self.states)
+        with self.graph.inserting_after(last):
+            state = self.graph.placeholder(f"decoquant_state_{number}")
+        example = torch.empty(_EXAMPLE_BYTES + 64 * number, dtype=torch.uint8, device=device)
+        _compat.add_input_source(state, example, state.name)
+        self.states[write.cache] = state
+        self.examples.append(example)
         source = "" if write.born else self.normal.source(write.buffer)
         grows = write.grows
         self.bindings.append(
             Binding(index, source, dims, format_, device, outputs, itself, grows, grows and follows, write.writes)
         )
-
-    def _bind_again(self, write: CacheWrite) -> None:
-        """Add an input that is the state of a cache again, for another write."""
-        self.again[write.cache, write.value] = self._add_state(write.cache.meta["val"].device)
-
-    def _add_state(self, device: torch.device) -> fx.Node:
-        number = len(self.examples)
-        last = self.graph.find_nodes(op="placeholder")[-1]
-        with self.graph.inserting_after(last):
-            state = self.graph.placeholder(f"decoquant_state_{number}")
-        example = torch.empty(_EXAMPLE_BYTES + 64 * number, dtype=torch.uint8, device=device)
-        _compat.add_input_source(state, example, state.name)
-        self.examples.append(example)
-        return state
-
-    def _state(self, write: CacheWrite) -> fx.Node:
-        """The input that a write changes, and those read who come after it."""
-        return self.again.get((write.cache, write.value), self.states[write.cache])
 
     def _make_room(self, write: CacheWrite) -> None:
         """Add the inputs that tell where the tokens of a growing cache stand."""
@@ -343,7 +328,7 @@ class _Rewriter:
 
     def _replace(self, site: Site, key_format: Format, value_format: Format, *, stores: bool) -> None:
         core = site.core
-        key_state, value_state = self._state(site.key), self._state(site.value)
+        key_state, value_state = self.states[site.key.cache], self.states[site.value.cache]
         with self.graph.inserting_before(site.place):
             key, value = self._tokens(site.key, site.key_dims), self._tokens(site.value, site.value_dims)
             tokens = self._size(key, 2) if site.key.writes else 0
@@ -357,20 +342,22 @@ class _Rewriter:
             real = None if column is None else mask
             everybody = None if site.key.partial is None else self._roles(site.key.cache, site.key_dims)[0]
 
-            def store(state: fx.Node, new: fx.Node, query: fx.Node | None, slots: Int, format_: Format) -> None:
+            def store(state: fx.Node, new: fx.Node, query: fx.Node | None, slots: Int, format_: Format) -> fx.Node:
                 hidden, rows = real, None
-                if state in self.again.values():
-                    new = self.graph.call_function(ops.after, (new, self.attended[site.key.cache]))
                 if everybody is not None:
                     new, rows = self._padded(new, everybody)
                     query = query and self._padded(query, everybody)[0]
                     hidden = hidden and self._for_all(hidden, everybody)
                 arguments = (state, new, stored, query, hidden, slots, shift, column or 0, format_.key(), rows)
-                self.graph.call_function(ops.store, arguments)
+                if site.key.cache in self.turns:
+                    return self.graph.call_function(ops.store_in_turn, (*arguments, earlier))
+                return self.graph.call_function(ops.store, arguments)
 
             def attend(positions: fx.Node) -> None:
-                states = self.latest.get(site.key.cache, (self.states[site.key.cache], self.states[site.value.cache]))
-                arguments = (core.query, *states, key, value, positions, mask, core.scale, core.softcap)
+                query = core.query
+                if tokens_before := self.written.get(site.key.cache):
+                    query = self.graph.call_function(ops.after, (query, tokens_before))
+                arguments = (query, key_state, value_state, key, value, positions, mask, core.scale, core.softcap)
                 sizes = (key_slots, first, length, key_format.key(), value_format.key(), core.sink, everybody)
                 result = self.graph.call_function(ops.attend, (*arguments, *sizes))
                 self.attended.setdefault(site.key.cache, []).append(result)
@@ -385,10 +372,13 @@ class _Rewriter:
                 attend(stored if site.key.form == "cat" else self._arange(held, tokens, key))
             if stores and site.key.writes:
                 seen = known(shape(core.query)[2] == shape(key)[2])  # else they are not of the same tokens
-                store(key_state, key, core.query if seen else None, key_slots, key_format)
-                store(value_state, value, None, value_slots, value_format)
-                self.latest[site.key.cache] = key_state, value_state
-                self.attended[site.key.cache] = []
+                earlier = [*self.written.pop(site.key.cache, ()), *self.attended.pop(site.key.cache, ())]
+                written = [
+                    store(key_state, key, core.query if seen else None, key_slots, key_format),
+                    store(value_state, value, None, value_slots, value_format),
+                ]
+                if site.key.cache in self.turns:
+                    self.written[site.key.cache] = written
             if site.read is not None and not appended:
                 attend(stored)
 

@@ -135,7 +135,6 @@ class PackedGraph:
         kept: positions of Dynamo's inputs that the graph still takes.
         handles: positions, among the kept inputs, of handles that the graph reads as any other tensor.
         bindings: its cache tensors.
-        again: numbers of the bindings whose buffers it takes again.
         selections: what it takes and returns parts of.
         stacks: inputs that hold many of them, which the graph takes apart: their parts come behind Dynamo's inputs.
         probe: tells what a cache holds that is not ours yet.
@@ -149,7 +148,6 @@ class PackedGraph:
     kept: tuple[int, ...]
     handles: tuple[int, ...]
     bindings: tuple[Binding, ...]
-    again: tuple[int, ...]
     selections: Selections
     stacks: tuple[Stack, ...]
     probe: Probe
@@ -190,7 +188,6 @@ class PackedGraph:
             self._tensor(args, i)._state.buffer if i not in opened else opened[i].state.buffer
             for i in range(len(self.bindings))
         ]
-        buffers += [buffers[i] for i in self.again]
         numbers = [
             number
             for i, binding in enumerate(self.bindings)
@@ -208,7 +205,7 @@ class PackedGraph:
             results = self._with_handles(results, args, opened)
         if self.selections.returned:
             results = self.selections.of_results(results)
-        if self.stacks or self.selections.returned:
+        if self.stacks or len(results) > self._number:
             results = with_wholes(results, self.stacks, given, self._number)
         return results
 

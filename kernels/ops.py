@@ -34,7 +34,11 @@ _STRETCH: Final = (
     " str format, Tensor? after=None, Tensor? start=None) -> Tensor"
 )
 
-_AFTER: Final = "after_v1(Tensor tokens, Tensor[] others) -> Tensor"
+_TURN: Final = _STORE.replace("store_v4(Tensor(a!) state", "store_in_turn_v1(Tensor state").replace(
+    "Tensor? rows=None) -> ()", "Tensor? rows, Tensor[] others) -> Tensor"
+)
+
+_AFTER: Final = "after_v1(Tensor tensor, Tensor[] others) -> Tensor"
 
 
 def _store(
@@ -123,8 +127,18 @@ def _stretch_fake(state: Tensor, batch: int, heads: int, _slots: int, _first: in
     return state.new_empty((batch, heads, length, form.head_dim), dtype=form.dtype)
 
 
-def _after(tokens: Tensor, _others: Sequence[Tensor]) -> Tensor:
-    return tokens.clone()
+def _store_in_turn(state: Tensor, *args: Any) -> Tensor:
+    *rest, _others = args
+    store(state, *rest)
+    return state.new_zeros(1)
+
+
+def _store_in_turn_fake(state: Tensor, *_args: object) -> Tensor:
+    return state.new_empty(1)
+
+
+def _after(tensor: Tensor, _others: Sequence[Tensor]) -> Tensor:
+    return tensor.clone()
 
 
 def _native_or(portable: Callable[..., Any], method: str) -> Callable[..., Any]:
@@ -217,9 +231,10 @@ def _register(
         inline_when_traced(f"decoquant::{name}", inline, _LIBRARY)
 
 
-_LIBRARY.define(_AFTER, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-_LIBRARY.impl("after_v1", _after, "CompositeExplicitAutograd")
-torch.library.register_fake("decoquant::after_v1", _after, lib=_LIBRARY)
+for _schema, _run, _fake in ((_TURN, _store_in_turn, _store_in_turn_fake), (_AFTER, _after, _after)):
+    _LIBRARY.define(_schema, tags=(torch.Tag.flexible_layout,))
+    _LIBRARY.impl(_schema.partition("(")[0], _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"decoquant::{_schema.partition('(')[0]}", _fake, lib=_LIBRARY)
 _register(_STORE, _store, _store_fake, _store_triton)
 _register(_ATTEND, _attend, _attend_fake, _attend_triton)
 _register(_DEQUANTISE, _whole(_stretch), _whole(_stretch_fake), _whole(_stretch_triton))
@@ -236,6 +251,11 @@ dequantise_stretch: Final = torch.ops.decoquant.dequantise_stretch_v5.default
 """The slots ``[first + start, first + start + length)`` of `dequantise`, zeros where there is none; `start` is an int64
 tensor of one element, known when it runs. Nothing is asked of `slots` and `first` when it is traced: a graph may take
 both as numbers that no shape depends on."""
+store_in_turn: Final = torch.ops.decoquant.store_in_turn_v1.default
+"""`store` where a graph writes to a state more than once, once `others` have been computed; gives a token of the write.
+
+It hides that it writes: a compiler that knew would copy the state for each write but one. So tokens alone order it:
+whoever reads the state later must be `after` the token, and a token of the last write must be a result.
+"""
 after: Final = torch.ops.decoquant.after_v1.default
-"""A copy of `tokens` that a compiler which reorders cannot make before it has computed `others`: what is written to a
-buffer that comes in twice must wait for those who read it by its other name."""
+"""A copy of a tensor that cannot be made before `others` have been computed."""

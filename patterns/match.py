@@ -490,8 +490,7 @@ class _Matcher:
         reading = [[site for site in sites if site.key is k and site.value is v] for k, v in turns]
         if len(turns) != len(self.turns.get(key, ())) or len(turns) != len(self.turns.get(value, ())):
             return Problem(Reason.POSITIONS_DIFFER, f"{key} and {value} are written another number of times")
-        is_read = (any(site.read is not None for site in turn) for turn in reading)
-        if not all(is_read) or sum(map(len, reading)) != len(sites):
+        if not all(reading) or sum(map(len, reading)) != len(sites):
             return Problem(Reason.TWO_WRITES, f"of {key} and {value}")
         for before, after in itertools.pairwise(reading):
             if max(site.place for site in before) >= min(site.place for site in after):

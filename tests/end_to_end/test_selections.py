@@ -80,9 +80,10 @@ def conversation(step):
     return found
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("place", ["before", "after"])
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize(
+    ("selection", "dynamic"), [*((selection, None) for selection in SELECTIONS), (rolled_back, True), (indexed, True)]
+)
 def test_at_16_bits_it_is_the_dense_model(selection, place, dynamic):
     model = Model(**{place: selection})
     with packing(bits=16):
@@ -94,7 +95,7 @@ def test_at_16_bits_it_is_the_dense_model(selection, place, dynamic):
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", [window, both])
 def test_at_4_bits_it_is_what_a_handle_gives_between_calls(selection, place):
     inside, outside = Model(**{place: selection}), Model()
 
