@@ -612,9 +612,19 @@ def _whole(handle: CacheTensor, dim: object) -> int | None:
     return handle._dims.index(dim % rank)
 
 
+def _is_batch(handle: CacheTensor, dim: object) -> bool:
+    """Whether `dim` is that of the sequences, of a whole handle or of a stretch of a growing one."""
+    root = handle if handle._root is None else handle._root
+    if not isinstance(root, CacheTensor) or _whole(root, dim) != 0:
+        return False
+    return handle._root is None or stretch_of(handle, root._dims) is not None
+
+
 def _selection(handle: CacheTensor, index: object) -> Any:
     """A new handle with the sequences `index`, for an index that the state understands."""
-    state = handle._state
+    root = handle if handle._root is None else handle._root
+    assert isinstance(root, CacheTensor)
+    state, dims = root._state, root._dims
     assert state is not None
     if not isinstance(index, Tensor) or isinstance(index, CacheTensor) or index.dim() != 1 or index.numel() == 0:
         return NotImplemented
@@ -623,11 +633,11 @@ def _selection(handle: CacheTensor, index: object) -> Any:
     with internal():
         if int(index.min()) < 0 or int(index.max()) >= state.batch:
             return NotImplemented
-        if (stretch := stretch_of(handle, handle._dims)) is None:
-            return handle_of(state.select(index.long()), handle._dims)
+        if (stretch := stretch_of(handle, dims)) is None:
+            return handle_of(state.select(index.long()), dims)
         if stretch.state.end != stretch.last:  # what others have appended since is not part of it
             stretch = stretch.copied()
-        return handle_of(stretch.state.select(index.long()), handle._dims, stretch.first, stretch.length)
+        return handle_of(stretch.state.select(index.long()), dims, stretch.first, stretch.length)
 
 
 def _zero_(handle: CacheTensor) -> Any:
@@ -679,14 +689,14 @@ def _index_select(handle: CacheTensor, dim: int, index: object) -> Any:
         if any(x is NotImplemented for x in chosen):
             return NotImplemented
         return stack_of(Parts(handle._parts.stacking, tuple(chosen)))
-    return _selection(handle, index) if _whole(handle, dim) == 0 else NotImplemented
+    return _selection(handle, index) if _is_batch(handle, dim) else NotImplemented
 
 
 def _getitem(handle: CacheTensor, index: object) -> Any:
     """``handle[sequences]`` and ``handle[sequences, ...]`` select over the batch."""
     first, *rest = index if isinstance(index, tuple) and index else (index,)
     if (
-        _whole(handle, 0) != 0
+        not _is_batch(handle, 0)
         or any(item is not ... and item != slice(None) for item in rest)
         or len(rest) >= handle.dim()
     ):
@@ -697,7 +707,7 @@ def _getitem(handle: CacheTensor, index: object) -> Any:
 def _repeat_interleave(
     handle: CacheTensor, repeats: object, dim: int | None = None, *, output_size: int | None = None
 ) -> Any:
-    if _whole(handle, dim) != 0 or not isinstance(repeats, int | Tensor) or isinstance(repeats, CacheTensor):
+    if not _is_batch(handle, dim) or not isinstance(repeats, int | Tensor) or isinstance(repeats, CacheTensor):
         return NotImplemented
     batch = torch.arange(handle.shape[dim or 0], device=handle.device)
     return _selection(handle, batch.repeat_interleave(repeats, output_size=output_size))

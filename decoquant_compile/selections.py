@@ -1,5 +1,6 @@
 """Caches of which a graph selects sequences or a stretch: selected outside of it, where a handle knows how."""
 
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -9,7 +10,7 @@ from torch import Tensor, fx
 
 from decoquant_compile import _compat
 from decoquant_compile.dims import Dims
-from decoquant_compile.handle import Transients, applied
+from decoquant_compile.handle import CacheTensor, Transients, applied
 from decoquant_compile.normalize import Normal
 from decoquant_compile.patterns import selections as patterns
 from decoquant_compile.patterns.cache import CacheWrite
@@ -37,11 +38,19 @@ class Step:
 
     def __call__(self, tensor: Tensor, known: Sequence[Any]) -> Tensor:
         """The part of a tensor, where `known` has the values that are no constants."""
-        values = [known[x[0]] if isinstance(x, tuple) else x for x in self.values]
-        before = (slice(None),) * self.selection.dim
-        if self.selection.kind == "index_select":
-            return applied(torch.index_select, tensor, self.selection.dim, values[0])
-        return applied(Tensor.__getitem__, tensor, (*before, slice(*values) if self.selection.is_slice else values[0]))
+        values: list[Any] = [known[x[0]] if isinstance(x, tuple) else x for x in self.values]
+        dim = self.selection.dim
+        if self.selection.is_slice:
+            part: Tensor = applied(Tensor.__getitem__, tensor, (*(slice(None),) * dim, slice(*values)))
+        else:
+            index = values[0]
+            if self.selection.kind == "index":
+                index = torch.where(index < 0, index + tensor.shape[dim], index)
+            part = applied(torch.index_select, tensor, dim, index)
+        if isinstance(tensor, CacheTensor) and not isinstance(part, CacheTensor) and part.numel():
+            why = f"a handle does not know how to select by {self.selection.kind} along dim {dim}"
+            warnings.warn(f"decoquant_compile: a packed cache is dense after a selection: {why}", stacklevel=3)
+        return part
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,14 @@ def both(cache, beams, length):
     return cache[beams][:, :, :length]
 
 
+def cut_then_indexed(cache, beams, length):
+    return cache[:, :, :length][beams]
+
+
+def from_the_end(cache, beams, length):
+    return cache[beams - BATCH]
+
+
 def chosen(cache, beams, length):
     """By an index that is computed."""
     return cache.index_select(0, (beams + 1) % BATCH)
@@ -41,7 +49,7 @@ def unchanged(cache, beams, length):
     return cache
 
 
-SELECTIONS = [rolled_back, window, reordered, indexed, both, chosen]
+SELECTIONS = [rolled_back, window, reordered, indexed, both, cut_then_indexed, from_the_end, chosen]
 
 
 class Model(nn.Module):
@@ -115,6 +123,30 @@ def test_at_4_bits_it_is_what_a_handle_gives_between_calls(selection, place):
     for (out, past), (other, caches) in zip(found, expected, strict=True):
         assert distance(out, other) < noise(4)
         assert all(distance(a.dense(), b.dense()) < noise(4) for a, b in zip(past, caches, strict=True))
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@torch.no_grad()
+def test_sequences_that_are_no_first_dim(place):
+    """Slots, sequences, heads, channels."""
+
+    class SlotsFirst(Model):
+        def forward(self, x, past, beams, length: int):
+            q, k, v = (f(x).unflatten(2, (-1, CHANNELS)).transpose(0, 1) for f in self.projections)
+            if past is not None:
+                old = [cache[:, beams] if place == "before" else cache for cache in past]
+                k, v = torch.cat([old[0], k]), torch.cat([old[1], v])
+            mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+            out = F.scaled_dot_product_attention(*(t.permute(1, 2, 0, 3) for t in (q, k, v)), mask, enable_gqa=True)
+            return out, [cache[:, beams] if place == "after" else cache for cache in (k, v)]
+
+    model = SlotsFirst()
+    with packing(bits=16):
+        found = conversation(torch.compile(model))
+    for (out, past), (expected, dense) in zip(found, conversation(model), strict=True):
+        assert distance(out, expected) < NOISE
+        assert all(isinstance(cache, CacheTensor) for cache in past)
+        assert all(torch.equal(cache.dense(), other) for cache, other in zip(past, dense, strict=True))
 
 
 @torch.no_grad()
