@@ -14,7 +14,7 @@ from decoquant_compile.handle import CacheTensor, Transients, applied
 from decoquant_compile.normalize import Normal
 from decoquant_compile.patterns import selections as patterns
 from decoquant_compile.patterns.cache import CacheWrite
-from decoquant_compile.patterns.selections import Selection
+from decoquant_compile.patterns.selections import Kind, Selection
 from decoquant_compile.patterns.symbols import computed
 from decoquant_compile.subgraph import cut, is_heavy
 
@@ -28,27 +28,28 @@ class Step:
 
     Attributes:
         place: position of what it selects from, among the inputs or the results.
-        selection: how; its values are not read.
+        kind: how, as of `Selection`.
+        dim: along which dim.
         values: start and end of a slice, or an index.
     """
 
     place: int
-    selection: Selection
+    kind: Kind
+    dim: int
     values: tuple[Value, ...]
 
     def __call__(self, tensor: Tensor, known: Sequence[Any]) -> Tensor:
         """The part of a tensor, where `known` has the values that are no constants."""
         values: list[Any] = [known[x[0]] if isinstance(x, tuple) else x for x in self.values]
-        dim = self.selection.dim
-        if self.selection.is_slice:
-            part: Tensor = applied(Tensor.__getitem__, tensor, (*(slice(None),) * dim, slice(*values)))
+        if self.kind == "slice":
+            part: Tensor = applied(Tensor.__getitem__, tensor, (*(slice(None),) * self.dim, slice(*values)))
         else:
             index = values[0]
-            if self.selection.kind == "index":
-                index = torch.where(index < 0, index + tensor.shape[dim], index)
-            part = applied(torch.index_select, tensor, dim, index)
+            if self.kind == "index":
+                index = torch.where(index < 0, index + tensor.shape[self.dim], index)
+            part = applied(torch.index_select, tensor, self.dim, index)
         if isinstance(tensor, CacheTensor) and not isinstance(part, CacheTensor) and part.numel():
-            why = f"a handle does not know how to select by {self.selection.kind} along dim {dim}"
+            why = f"a handle does not know how to select by {self.kind} along dim {self.dim}"
             warnings.warn(f"decoquant_compile: a packed cache is dense after a selection: {why}", stacklevel=3)
         return part
 
@@ -123,10 +124,10 @@ class Selections:
                 last = end[last]
             while root >= self.first:
                 root = self.taken[root - self.first].place
-            if not _is_served(step.selection, inputs.get(placeholders[last])):
+            if not _is_served(step, inputs.get(placeholders[last])):
                 left.add(root)
         for step in self.returned:
-            if not _is_served(step.selection, outputs.get(normal.outputs[step.place])):
+            if not _is_served(step, outputs.get(normal.outputs[step.place])):
                 left.add(~step.place)
         return left
 
@@ -196,7 +197,7 @@ def _step(place: int, selection: Selection, needed: list[fx.Node], before: int =
         if value not in needed:
             needed.append(value)
         values.append((before + needed.index(value),))
-    return Step(place, selection, tuple(values))
+    return Step(place, selection.kind, selection.dim, tuple(values))
 
 
 def _is_late(selection: Selection) -> bool:
@@ -204,10 +205,10 @@ def _is_late(selection: Selection) -> bool:
     return any(isinstance(value, fx.Node) and is_heavy(value) for value in selection.values)
 
 
-def _is_served(selection: Selection, cache: tuple[CacheWrite, Dims] | None) -> bool:
+def _is_served(step: Step, cache: tuple[CacheWrite, Dims] | None) -> bool:
     if cache is None:
         return False
     write, (batch, _, slot, _) = cache
-    if selection.is_slice:
-        return write.form == "cat" and selection.dim == slot
-    return selection.dim == batch
+    if step.kind == "slice":
+        return write.form == "cat" and step.dim == slot
+    return step.dim == batch
