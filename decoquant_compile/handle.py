@@ -509,7 +509,8 @@ def _bound(func: Any) -> Callable[..., Any] | None:
     """The function to bind where Dynamo asks a handle for a method that is written in Python, which it cannot bind."""
     if getattr(func, "__name__", None) != "__get__" or type(getattr(func, "__self__", None)) is not FunctionType:
         return None
-    return getattr(torch, func.__self__.__name__, None)
+    function = getattr(torch, func.__self__.__name__, None)
+    return function if callable(function) else None
 
 
 def _plainly(x: Any) -> Any:
