@@ -227,12 +227,15 @@ class _Matcher:
         self.own: dict[fx.Node, set[tuple[fx.Node, flow.Side]]] = {}  # cache -> those that read its new tokens instead
 
     def _learn(self, cache: fx.Node, value: fx.Node, write: CacheWrite | Problem) -> None:
+        if (
+            isinstance(write, Problem)
+            and cache is not value
+            and not isinstance(turns := parse_turns(cache, value), Problem)
+        ):
+            self._learn_turns(cache, turns)
+            return
         if isinstance(write, Problem):
             node = plain(value)
-            turns = parse_turns(cache, value) if cache is not value else write
-            if not isinstance(turns, Problem):
-                self._learn_turns(cache, turns)
-                return
             self.evidence[node] = write
             if cache is value and moves(node):  # a part of what attention reads is returned
                 self.evidence[plain(operand(node))] = write

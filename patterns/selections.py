@@ -18,6 +18,7 @@ aten = torch.ops.aten
 Kind: TypeAlias = Literal["slice", "index_select", "index"]
 
 _RANKS = range(3, 6)
+_INDICES = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def read(node: fx.Node) -> Selection | None:
         return Selection("index_select", argument(node, "dim") % len(shape(node)), (argument(node, "index"),))
     if node.target is aten.index.Tensor:
         given = [(dim, index) for dim, index in enumerate(argument(node, "indices")) if index is not None]
-        if len(given) == 1 and len(shape(given[0][1])) == 1 and dtype(given[0][1]) == torch.int64:
+        if len(given) == 1 and len(shape(given[0][1])) == 1 and dtype(given[0][1]) in _INDICES:
             return Selection("index", given[0][0], (given[0][1],))
     return None
 
