@@ -471,8 +471,8 @@ def never_a_frame(function: Callable[..., Any]) -> None:
 def keep_class(subclass: type[Tensor]) -> None:
     """Let Dynamo remember that a tensor is of a subclass once it is written in place.
 
-    torch 2.13 takes it for a plain one after a write of another tensor, and cannot inline functions in Python on it. This
-    is the only part of PyTorch that is patched; it concerns no other class.
+    torch 2.13 takes it for a plain one after a write of another tensor, and cannot inline functions in Python on it.
+    This is the only part of PyTorch that is patched; it concerns no other class.
     """
     inherited = TensorWithTFOverrideVariable.synchronize_attributes
 
