@@ -167,9 +167,9 @@ def _search(
     softmax.fold(normal.graph)
     traced = gm.graph.find_nodes(op="placeholder")
     _compat.make_constant(traced[normal.placeholders.index(node)] for node in computed_scales(normal.graph))
-    selections = select(normal, whole)
+    selections = select(normal, _handles(normal, example_inputs), whole)
     example_inputs = selections.of_examples(example_inputs)
-    held = [node for node, x in zip(normal.placeholders, example_inputs, strict=True) if isinstance(x, CacheTensor)]
+    held = _handles(normal, example_inputs)
     returned = () if _compat.is_cut(gm) else normal.outputs
     begun = births.begin(normal.graph, returned, [value for value, _ in normal.mutations], held)
     stacks = unstack(normal, begun, whole)
@@ -211,6 +211,11 @@ def _incomplete(tensor_of: Mapping[fx.Node, int], plans: Collection[Plan]) -> se
     """The places of tensors that hold caches of which not all are planned for."""
     planned = {node for plan in plans for _, write, _ in _caches(plan) for node in (write.cache, write.buffer)}
     return {place for cache, place in tensor_of.items() if cache not in planned}
+
+
+def _handles(normal: Normal, example_inputs: Sequence[Any]) -> list[fx.Node]:
+    """The inputs of a graph that are handles."""
+    return [node for node, x in zip(normal.placeholders, example_inputs, strict=True) if isinstance(x, CacheTensor)]
 
 
 def _held(normal: Normal, example_inputs: Sequence[Any]) -> dict[fx.Node, Held]:

@@ -132,25 +132,26 @@ class Selections:
         return left
 
 
-def select(normal: Normal, whole: Collection[int] = ()) -> Selections:
+def select(normal: Normal, held: Collection[fx.Node] = (), whole: Collection[int] = ()) -> Selections:
     """Take the selections of inputs and results out of a graph.
 
     Args:
         normal: the graph; it is changed in place. A selection of an input becomes an input behind those it has, the
             input that it selects from stays, without users.
+        held: inputs that are caches by now.
         whole: inputs and results that stay as they are, as of `Selections.unserved`.
     """
     first, needed = len(normal.placeholders), list[fx.Node]()
-    taken = _take(normal, whole, needed)
+    taken = _take(normal, set(held), whole, needed)
     graph, inputs = cut(normal.gm, normal.placeholders, needed)
     return Selections(graph, inputs, tuple(taken), first, tuple(_give(normal, whole)))
 
 
-def _take(normal: Normal, whole: Collection[int], needed: list[fx.Node]) -> list[Step]:
+def _take(normal: Normal, held: set[fx.Node], whole: Collection[int], needed: list[fx.Node]) -> list[Step]:
     """Put inputs in the places of the selections of inputs; `needed` gets the values that they take."""
     graph, steps = normal.graph, list[Step]()
     kept = {target for _, target in normal.mutations} | {normal.placeholders[i] for i in whole if i >= 0}
-    while found := next((x for x in patterns.taken(graph, kept) if not _is_late(x[2])), None):
+    while found := next((x for x in patterns.taken(graph, kept, held) if not _is_late(x[2])), None):
         given, node, selection = found
         place = normal.placeholders.index(given)
         with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
@@ -161,6 +162,8 @@ def _take(normal: Normal, whole: Collection[int], needed: list[fx.Node]) -> list
         node.replace_all_uses_with(part)
         graph.erase_node(node)
         kept.add(given)
+        if given in held:
+            held.add(part)
     return steps
 
 

@@ -55,12 +55,15 @@ def read(node: fx.Node) -> Selection | None:
     return None
 
 
-def taken(graph: fx.Graph, kept: Container[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node, Selection]]:
+def taken(
+    graph: fx.Graph, kept: Container[fx.Node], held: Container[fx.Node] = ()
+) -> Iterator[tuple[fx.Node, fx.Node, Selection]]:
     """The inputs of which a graph uses a selection alone, each with the node that selects.
 
     Args:
         graph: a normalised graph. Nodes that select the same become one.
         kept: inputs to leave out.
+        held: inputs that are caches; of others a selection counts only if the graph appends to it.
     """
     for given in graph.find_nodes(op="placeholder"):
         if given in kept or not _may_be_cache(given):
@@ -74,6 +77,8 @@ def taken(graph: fx.Graph, kept: Container[fx.Node]) -> Iterator[tuple[fx.Node, 
         first, *others = users
         selection = read(first)
         if selection is None or first.args[0] is not given or not all(same_value(first, other) for other in others):
+            continue
+        if given not in held and not any(_is_continued(user) for user in users):
             continue
         for other in others:
             other.replace_all_uses_with(first)
@@ -93,8 +98,19 @@ def returned(output: fx.Node) -> tuple[fx.Node, list[Selection]]:
         else:
             break
     # Of what is used in slices alone, keys and values are slices, as of a product that is all of them.
-    is_cut = all(user.target is aten.slice.Tensor for user in node.users)
-    return (output, []) if is_cut and any(selection.is_slice for selection in chain) else (node, chain)
+    is_cut = all(user.target is aten.slice.Tensor for user in node.users) and any(x.is_slice for x in chain)
+    may_grow = node.target is aten.cat.default or len(shape(node)) > _RANKS[0]  # three dims: states of a model, mostly
+    return (node, chain) if may_grow and not is_cut else (output, [])
+
+
+def _is_continued(node: fx.Node) -> bool:
+    """Whether a selection, or a selection of it, is what a graph appends to."""
+    return any(
+        argument(user, "tensors")[0] is node
+        if user.target is aten.cat.default
+        else (_is_whole(user) or read(user) is not None) and _is_continued(user)
+        for user in node.users
+    )
 
 
 def _is_whole(node: fx.Node) -> bool:

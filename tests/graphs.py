@@ -92,8 +92,8 @@ def cached_arguments(tokens=1) -> tuple[torch.Tensor, ...]:
 def assemble(x):
     """Twice the channels, put together in a buffer, every other one of them."""
     whole = x.new_empty(BATCH, HEADS, SLOTS, 2 * CHANNELS)
-    whole[..., :CHANNELS] = x
     whole[..., CHANNELS:] = x.exp()
+    whole[..., :CHANNELS] = x
     return whole[..., ::2]
 
 

@@ -34,13 +34,13 @@ def graph_of(function, *inputs):
 )
 def test_of_inputs(select, found):
     normal = graph_of(lambda x, c: (select(c) + 1,), cache())
-    selections = [selection for _, _, selection in taken(normal.graph, ())]
+    selections = [selection for _, _, selection in taken(normal.graph, (), normal.placeholders)]
     assert [(selection.kind, selection.dim) for selection in selections] == found
 
 
 def test_two_that_are_the_same_are_one():
     normal = graph_of(lambda x, c: (c[:, :, :5] + 1, c[:, :, :5].sin()), cache())
-    ((given, node, _),) = taken(normal.graph, ())
+    ((given, node, _),) = taken(normal.graph, (), normal.placeholders)
     assert set(given.users) == {node}
     assert len(node.users) == 2
 
@@ -54,12 +54,26 @@ def test_two_that_are_the_same_are_one():
     ],
 )
 def test_an_input_that_is_used_otherwise_stays(use):
-    assert not list(taken(graph_of(use, cache()).graph, ()))
+    normal = graph_of(use, cache())
+    assert not list(taken(normal.graph, (), normal.placeholders))
 
 
 def test_an_input_that_is_to_be_kept_stays():
     normal = graph_of(lambda x, c: (c[:, :, :5] + 1,), cache())
-    assert not list(taken(normal.graph, set(normal.placeholders)))
+    assert not list(taken(normal.graph, set(normal.placeholders), normal.placeholders))
+
+
+@pytest.mark.parametrize(
+    ("use", "count"),
+    [
+        (lambda x, c: (torch.cat([c[:, :, :5], x], 2),), 1),
+        (lambda x, c: (torch.cat([c[INDEX][:, :, :5], x], 2),), 1),
+        (lambda x, c: (torch.cat([x, c[:, :, :5]], 2),), 0),
+        (lambda x, c: (c[:, :, :5] + 1,), 0),
+    ],
+)
+def test_of_what_is_no_cache_yet_only_what_is_appended_to(use, count):
+    assert len(list(taken(graph_of(use, cache()).graph, ()))) == count
 
 
 @pytest.mark.parametrize(
