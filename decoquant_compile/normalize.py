@@ -77,6 +77,21 @@ class Normal:
     def outputs(self, outputs: tuple[Any, ...]) -> None:
         self._output.args = ((self._returned[0], outputs),)
 
+    def add_part(self, of: fx.Node, name: str, value: Any, index: str) -> fx.Node:
+        """Add an input behind those there are that stands for a part of one.
+
+        Args:
+            of: the input.
+            name: of the new one.
+            value: its example, a fake tensor.
+            index: what the part is called behind the name of the whole.
+        """
+        with self.graph.inserting_after(self.placeholders[-1]):
+            part = self.graph.placeholder(name)
+        part.meta["val"] = value
+        _compat.add_part_source(part, of, index)
+        return part
+
     @staticmethod
     def source(placeholder: fx.Node) -> str:
         """How Dynamo names an input, such as `L['cache'].layers[0].keys`; "" where it has no name."""

@@ -329,7 +329,7 @@ class _Rewriter:
     def _replace(self, site: Site, key_format: Format, value_format: Format, *, stores: bool) -> None:
         core = site.core
         key_state, value_state = self.states[site.key.cache], self.states[site.value.cache]
-        with self.graph.inserting_before(site.place):
+        with self.graph.inserting_before(site.ready):
             key, value = self._tokens(site.key, site.key_dims), self._tokens(site.value, site.value_dims)
             tokens = self._size(key, 2) if site.key.writes else 0
             length = self._size(core.key, 2)

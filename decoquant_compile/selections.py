@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from decoquant_compile import _compat
 from decoquant_compile.dims import Dims
 from decoquant_compile.handle import CacheTensor, Transients, applied
 from decoquant_compile.normalize import Normal
@@ -154,10 +153,7 @@ def _take(normal: Normal, held: set[fx.Node], whole: Collection[int], needed: li
     while found := next((x for x in patterns.taken(graph, kept, held) if not _is_late(x[2])), None):
         given, node, selection = found
         place = normal.placeholders.index(given)
-        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-            part = graph.placeholder(f"{given.name}_selected")
-        part.meta["val"] = node.meta["val"]
-        _compat.add_part_source(part, given, f".{selection.kind}")
+        part = normal.add_part(given, f"{given.name}_selected", node.meta["val"], f".{selection.kind}")
         steps.append(_step(place, selection, needed))
         node.replace_all_uses_with(part)
         graph.erase_node(node)

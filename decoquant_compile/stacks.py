@@ -205,12 +205,9 @@ def _apart(normal: Normal, unit: _Unit, of: Split) -> list[_Unit]:
     """Put an input and a result for each part in the place of one."""
     graph, buffer, parts = normal.graph, unit.buffer, list[fx.Node]()
     for number in range(len(of.values)):
-        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-            part = graph.placeholder(f"{buffer.name}_{number}")
         with _compat.faking(graph):
-            part.meta["val"] = buffer.meta["val"].select(of.axis, number)
-        _compat.add_part_source(part, buffer, f"[{':, ' * of.axis}{number}]")
-        parts.append(part)
+            value = buffer.meta["val"].select(of.axis, number)
+        parts.append(normal.add_part(buffer, f"{buffer.name}_{number}", value, f"[{':, ' * of.axis}{number}]"))
     taken: dict[fx.Node, fx.Node] = {}
     for selection, value in of.selections:
         taken[selection] = parts[value] if isinstance(value, int) else taken.get(value, value)

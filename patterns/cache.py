@@ -41,12 +41,17 @@ from decoquant_compile.patterns.symbols import (
 
 aten = torch.ops.aten
 
-__all__ = ["CacheWrite", "Int", "parse", "parse_returned", "parse_returned_turns", "parse_turns"]
+__all__ = ["CacheWrite", "Int", "is_birth", "parse", "parse_returned", "parse_returned_turns", "parse_turns"]
 
 _BIRTHS = {
     *(aten.zeros, aten.zeros_like, aten.new_zeros, aten.empty, aten.empty_like, aten.new_empty),
     *(aten.full, aten.full_like, aten.new_full, aten.ones, aten.ones_like, aten.new_ones),
 }
+
+
+def is_birth(node: fx.Node) -> bool:
+    """Whether a node is a new tensor, of one value or of none."""
+    return getattr(node.target, "overloadpacket", None) in _BIRTHS
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ def parse_returned(value: fx.Node) -> CacheWrite | Problem | None:
     assert isinstance(old, fx.Node)
     base = plain(old)
     if base.op != "placeholder":
-        if getattr(base.target, "overloadpacket", None) not in _BIRTHS:
+        if not is_birth(base):
             return None
         if not _is_zero(base):
             return Problem(Reason.CACHE_BORN_INSIDE, f"{base.name} is not zero")
@@ -231,7 +236,7 @@ def _overwritten(value: fx.Node) -> fx.Node | None:
         if node.target is aten.copy.default:
             assert isinstance(node.args[0], fx.Node)
             base = plain(node.args[0])
-            return base if getattr(base.target, "overloadpacket", None) in _BIRTHS and _is_zero(base) else None
+            return base if is_birth(base) and _is_zero(base) else None
         node = operand(node)
     return None
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from decoquant_compile.patterns.cache import is_birth
 from decoquant_compile.patterns.movement import plain, sliced
 from decoquant_compile.patterns.symbols import argument, computed, dtype, guarded, known, same_shape, shape, size_of
 
@@ -113,7 +114,7 @@ def _grown(node: fx.Node, dim: int) -> fx.Node | None:
         before, others = pad[::2], [n for i, n in enumerate(pad[1::2]) if i != len(shape(node)) - 1 - dim]
         source = argument(node, "self")
         return source if not any(n != 0 for n in (*before, *others)) else None
-    if node.target is aten.slice_scatter.default and plain(argument(node, "self")).target in _BLANK:
+    if node.target is aten.slice_scatter.default and is_birth(plain(argument(node, "self"))):
         span = sliced(node)
         along = argument(node, "dim") % len(shape(node)) == dim
         return _source(node) if along and span is not None and span.first == 0 else None
@@ -151,12 +152,6 @@ def _fill_by_itself(like: fx.Node) -> None:
     like.replace_all_uses_with(made)
     like.graph.erase_node(like)
 
-
-_BLANK = {
-    *(aten.empty.memory_format, aten.zeros.default, aten.full.default, aten.ones.default),
-    *(aten.new_empty.default, aten.new_zeros.default, aten.new_full.default, aten.new_ones.default),
-    *(aten.empty_like.default, aten.zeros_like.default, aten.full_like.default, aten.ones_like.default),
-}
 
 _FILLED: dict[Any, Any] = {
     aten.new_ones.default: aten.ones.default,

@@ -97,7 +97,7 @@ class Site:
     groups: int
 
     @property
-    def place(self) -> fx.Node:
+    def ready(self) -> fx.Node:
         """The first node before which all that the site needs has been computed.
 
         That is its attention, unless it reads the new tokens alone: their places may be computed later.
@@ -496,7 +496,7 @@ class _Matcher:
         if not all(reading) or sum(map(len, reading)) != len(sites):
             return Problem(Reason.TWO_WRITES, f"of {key} and {value}")
         for before, after in itertools.pairwise(reading):
-            if max(site.place for site in before) >= min(site.place for site in after):
+            if max(site.ready for site in before) >= min(site.ready for site in after):
                 return Problem(Reason.READ_BEFORE_WRITE, f"{key} is written again before {before[-1].core.node}")
         return None
 
