@@ -34,8 +34,14 @@ from torch._inductor import list_mode_options, list_options
 from torch._inductor.utils import fresh_cache
 from torch._logging import _internal as torch_logging
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental import proxy_tensor, symbolic_shapes
 from torch.utils import _python_dispatch, _pytree
 from torch.utils._sympy.interp import sympy_interp
@@ -188,9 +194,12 @@ def trace_functional(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
     def fake(node: fx.Node, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
+        number = getattr(node.meta.get("example_value"), "item_memo", None)
         symbolic = context.tensor_to_context.get(x)
-        if symbolic is None:
-            return fakes.from_tensor(x, static_shapes=True)
+        if symbolic is None or number is not None:
+            copy = fakes.from_tensor(x, static_shapes=True)
+            copy.item_memo = number  # a symbol of its own would be one too many: Inductor traces again without it
+            return copy
         return fakes.from_tensor(x, symbolic_context=symbolic, source=input_source(node), trace=False)
 
     inputs = gm.graph.find_nodes(op="placeholder")
@@ -270,19 +279,151 @@ class _Interpreter(fx.Interpreter):
 
     What the graph itself computes is not put off: sums of sums could be nested as deep as the graph is long.
 
-    `type_as` that has nothing to convert is its tensor, which functionalisation takes for a copy.
+    `type_as` that has nothing to convert and dropout that drops nothing are their tensor, which functionalisation takes
+    for a copy.
     """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self._recorder = _Recorder()
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in (torch.nn.functional.dropout, torch.dropout):
+            given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+            if not given.get("training", given.get("train", True)) or given.get("p") == 0:
+                return given["input"]
+        return self._recorder.call(super().call_function, target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target == "type_as" and args[0].dtype == args[1].dtype and args[0].device == args[1].device:
             return args[0]
-        return super().call_method(target, args, kwargs)
+        return self._recorder.call(super().call_method, target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         if not isinstance(n.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool):
             return super().run_node(n)
         with proxy_tensor.maybe_disable_thunkify():
             return super().run_node(n)
+
+
+class _Recorder:
+    """Makes the calls of a graph under a tracer; those that are alike run through its modes once.
+
+    The modes take a millisecond for each call, most of what our passes need, and layers are alike. A call
+    that was traced as one operator which makes one new tensor is known from then on: with tensors of the same dtype,
+    sizes and strides, and equal other arguments, it is recorded at once. Views and writes always take the long way.
+    """
+
+    def __init__(self) -> None:
+        mode = proxy_tensor.get_proxy_mode()
+        assert mode is not None
+        self._tracer: Any = mode.tracer
+        self._functional: Any = _python_dispatch._detect_infra_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)
+        self._known: dict[object, _Known] = {}
+        self._others: set[object] = set()  # targets of calls that became something else
+
+    def call(self, run: Callable[..., Any], target: Any, args: Any, kwargs: Any) -> Any:
+        """Record what became of a call like this one, or run it."""
+        if target in self._others or (inputs := self._inputs(args, kwargs)) is None:
+            return run(target, args, kwargs)
+        tensors, likeness = inputs
+        if (known := self._known.get((target, likeness))) is not None:
+            return self._record(known, list(tensors.values()))
+        last = self._tracer.graph._root._prev
+        result = run(target, args, kwargs)
+        known = self._learn(last.next, result, tensors)
+        if known is None or self._inputs(args, kwargs) != inputs:  # written in place
+            self._others.add(target)
+        else:
+            self._known[target, likeness] = known
+        return result
+
+    def _inputs(self, args: Any, kwargs: Any) -> tuple[dict[fx.Node, Tensor], object] | None:
+        """The tensors of a call by what they are in the graph, and what calls share that are alike.
+
+        None without tensors, or with an argument of which nobody knows what it is like.
+        """
+        leaves, spec = _pytree.tree_flatten((args, kwargs))
+        tensors: dict[fx.Node, Tensor] = {}
+        likeness: list[object] = [spec]
+        for x in leaves:
+            if type(x) is FunctionalTensor:
+                functional_utils.sync_functional_tensor(x)
+                below = torch._from_functional_tensor(x.elem)
+                slot = self._tracer.tensor_tracker.get(below)
+                if slot is None or slot.constant is not None:
+                    return None
+                tensors.setdefault(slot.proxy.node, below)
+                sizes = (n.node.expr if isinstance(n, torch.SymInt) else n for n in (*below.shape, *below.stride()))
+                likeness += (list(tensors).index(slot.proxy.node), below.dtype, below.device, below.dim(), *sizes)
+            elif isinstance(x, bool | int | float | str | torch.dtype | torch.device | torch.memory_format | None):
+                likeness += (type(x), x)
+            else:
+                return None
+        return (tensors, tuple(likeness)) if tensors else None
+
+    def _learn(self, node: fx.Node, result: object, tensors: Mapping[fx.Node, Tensor]) -> "_Known | None":
+        """What a call was traced as; None if not as one operator that makes one new tensor.
+
+        Args:
+            node: the first that it recorded.
+            result: what it returned.
+            tensors: it had.
+        """
+        if node.op != "call_function" or node.next.op != "root" or not isinstance(node.target, OpOverload):
+            return None
+        schema = node.target._schema
+        if len(schema.returns) != 1 or any(x.alias_info is not None for x in (*schema.arguments, *schema.returns)):
+            return None
+        if type(result) is not FunctionalTensor or not tensors.keys() >= set(node.all_input_nodes):
+            return None
+        below = torch._from_functional_tensor(result.elem)
+        slot = self._tracer.tensor_tracker.get(below)
+        if slot is None or slot.proxy.node is not node or storage_id(below) in map(storage_id, tensors.values()):
+            return None
+        places: dict[fx.Node, Any] = {x: _Place(i) for i, x in enumerate(tensors)}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), places.__getitem__)
+        return _Known(node.target, args, kwargs, below)
+
+    def _record(self, known: "_Known", tensors: Sequence[Tensor]) -> FunctionalTensor:
+        """Record an operator as the modes would."""
+        proxies = [self._tracer.tensor_tracker[x].proxy for x in tensors]
+        args, kwargs = fx.node.map_aggregate(
+            (known.args, known.kwargs), lambda x: proxies[x.number] if isinstance(x, _Place) else x
+        )
+        name = self._tracer.graph._target_to_str(known.op.overloadpacket.__name__)
+        proxy = self._tracer.create_proxy("call_function", known.op, args, kwargs, name=name)
+        like, mode = known.result, known.result.fake_mode
+        with torch._C.DisableTorchFunction(), in_kernel_invocation_manager(mode), mode.shape_env.suppress_guards():
+            memory = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+        result = FakeTensor(mode, memory, like.device)
+        proxy.node.meta["val"] = result
+        proxy_tensor.set_proxy_slot(result, self._tracer, proxy_tensor._ProxyTensor(proxy, None))
+        return FunctionalTensor(torch._to_functional_tensor(result), self._functional)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor's place among those of a call."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a call was traced as.
+
+    Attributes:
+        op: the operator.
+        args: its arguments, a `_Place` for each tensor.
+        kwargs: the same.
+        result: like what it makes.
+    """
+
+    op: OpOverload[..., Any]
+    args: Any
+    kwargs: Any
+    result: Any
 
 
 def _reshaped_in_place(after: Any, before: Any) -> bool:

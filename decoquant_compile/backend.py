@@ -18,7 +18,7 @@ from decoquant_compile.handle import CacheTensor, format_of, is_whole
 from decoquant_compile.kernels.codec import Role
 from decoquant_compile.kernels.format import Format
 from decoquant_compile.kernels.state import GrowingState
-from decoquant_compile.normalize import Normal, normalise, records_gradients, unsupported
+from decoquant_compile.normalize import Normal, fixed_numbers, normalise, records_gradients, unsupported
 from decoquant_compile.options import Options
 from decoquant_compile.patterns import births, canonical, softmax
 from decoquant_compile.patterns.attention import computed_scales
@@ -133,6 +133,7 @@ def find(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, re
     if (why := unsupported(flat, example_inputs)) is not None:
         report.untouched, report.detail = Untouched.UNSUPPORTED, why
         return None
+    _compat.make_constant(fixed_numbers(gm))  # Inductor asks for it, too, but later, once all is traced
     whole: set[int] = set()
     found, findings, left = _search(gm, flat, example_inputs, options, whole)
     while left and (found.plans or options.max_rewrites is not None):

@@ -31,6 +31,13 @@ _IN_PLACE_OPERATORS = {operator.setitem, operator.delitem} | {
     )
 }
 
+# Functions whose result may share memory with an argument although their operator, which is kept whole, has a schema
+# that says it does not.
+_HIDES_ALIASES = {"broadcast_tensors", "einsum", "meshgrid", "sum_to_size"}
+
+# Functions that take a float as a number, of which Inductor can make no tensor.
+_TAKES_NUMBERS = {"scaled_dot_product_attention", "embedding"}
+
 
 @dataclass
 class Normal:
@@ -137,6 +144,24 @@ def unsupported(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | None
             if (why := _foreign(node)) is not None:
                 return f"{node.name}: {why}"
     return _aliasing(gm)
+
+
+def fixed_numbers(gm: fx.GraphModule) -> set[fx.Node]:
+    """The float inputs of a graph of Dynamo's that functions take which know plain numbers only.
+
+    With `dynamic=True` every attribute of a module is such an input. Inductor makes tensors of them in arithmetic; for
+    the others it has Dynamo trace the frame again with constants, but only after the whole graph was traced.
+    """
+    takers = (node for node in gm.graph.nodes if _name(node) in _TAKES_NUMBERS)
+    arguments = [x for node in takers for x in node.all_input_nodes]
+    todo = [x for x in arguments if isinstance(x.meta.get("example_value"), torch.SymFloat)]
+    found: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node.op == "placeholder":
+            found.add(node)
+        todo += node.all_input_nodes
+    return found
 
 
 def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normal:
@@ -283,6 +308,9 @@ def _aliasing(gm: fx.GraphModule) -> str | None:
     for storage, nodes in storages.items():
         if len(nodes) > 1 and storage in written:
             return f"inputs share memory that it writes: {', '.join(map(Normal.source, nodes))}"
+    for node in gm.graph.nodes:
+        if _name(node) in _HIDES_ALIASES and _storages([node]) & _storages(node.all_input_nodes) & written:
+            return f"{node.name}: it writes to memory that {_name(node)} shares with its arguments"
     for output in gm.graph.output_node().all_input_nodes:
         if not _is_input(output) and _storages([output]) & written & storages.keys():
             return f"it returns a view of an input that it writes: {output.name}"
@@ -309,8 +337,17 @@ def _writes(node: fx.Node) -> bool:
         return False
     if (mutates := _compat.mutates(target)) is not None:
         return mutates
-    named = _in_place(str(getattr(target, "__name__", "")))
-    return named or target in _IN_PLACE_OPERATORS or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+    return (
+        _in_place(_name(node))
+        or target in _IN_PLACE_OPERATORS
+        or "out" in node.kwargs
+        or bool(node.kwargs.get("inplace"))
+    )
+
+
+def _name(node: fx.Node) -> str:
+    """Of the function or method that a node of Dynamo's calls."""
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
 def _in_place(name: str) -> bool:

@@ -401,6 +401,31 @@ def test_a_handle_in_the_graph_of_another_backend_is_refused(other):
 
 
 @torch.no_grad()
+def test_floats_of_modules_cost_no_second_trace(monkeypatch):
+    """With `dynamic=True` they are inputs; where a function cannot take them, Dynamo has to trace the frame again."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(VOCAB, CHANNELS)
+            self.scale, self.epsilon = 0.3, 1e-6
+
+        def forward(self, ids, keys, values):
+            x = self.table(ids)
+            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)
+            keys, values = torch.cat((keys, x), 1), torch.cat((values, x), 1)
+            return F.scaled_dot_product_attention(x, keys, values, scale=self.scale), keys, values
+
+    traced = []
+    normalise = backend.normalise
+    monkeypatch.setattr(backend, "normalise", lambda *given: traced.append(given) or normalise(*given))
+    model = Attention().eval()
+    compiled = torch.compile(model, backend=decoquant_backend, dynamic=True)
+    compiled(torch.ones(2, 1, dtype=torch.long), torch.zeros(2, SLOTS, CHANNELS), torch.zeros(2, SLOTS, CHANNELS))
+    assert len(traced) == 1
+
+
+@torch.no_grad()
 def test_modes_and_options_arrive(spy):
     arguments = cached_arguments()
     for how, patches, bits in (

@@ -2,12 +2,16 @@
 
 import copy
 import unittest.mock
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._inductor.compile_fx import compile_fx
 
+from decoquant_compile import _compat
 from decoquant_compile.normalize import finish, normalise, unsupported
 from tests.graphs import Recorder, cached_arguments, capture, interpret
 
@@ -79,6 +83,111 @@ def test_a_graph_is_traced_once():
     with torch.no_grad():
         torch.compile(step, backend=backend)(*cached_arguments(2), torch.tensor(1))
     assert runs == [1]
+
+
+# Calls of which many are alike but for what a key could miss: a tensor given twice, 1 and 1.0 and True, strides, views
+# and writes in between.
+CALLS = (
+    lambda x, _: x * x,
+    lambda x, y: x * y,
+    lambda x, _: x + 1,
+    lambda x, _: x + 1.0,
+    lambda x, _: x * True,
+    lambda x, y: torch.cat((x, y, x)).narrow(0, 0, 3),
+    F.linear,
+    lambda x, _: x.t(),
+    lambda x, y: x.add_(y.clone()),
+    lambda x, _: x[1:2].mul_(2).expand(3, 3) * 1,
+    lambda x, _: x.sum(0, keepdim=True).expand(3, 3) * 1,
+    lambda x, _: x.to(torch.float32).abs(),
+    lambda x, _: F.dropout(x, 0.5, training=False),
+    lambda x, y: torch.where(y > 0, x, y),
+    lambda x, _: x.contiguous(),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(program=st.lists(st.tuples(st.sampled_from(CALLS), st.integers(0, 9), st.integers(0, 9)), max_size=12))
+def test_calls_that_are_alike_are_recorded_as_the_tracer_would(program):
+    def function(*inputs):
+        values = list(inputs)
+        for call, i, j in program:
+            values.append(call(values[i % len(values)], values[j % len(values)]))
+        return tuple(x * 1 for x in values)  # no views of inputs
+
+    def described(normal):
+        values = [n.meta["val"] for n in normal.graph.nodes if "val" in n.meta]
+        return [n.format_node() for n in normal.graph.nodes], [(x.shape, x.stride(), x.dtype) for x in values]
+
+    inputs = torch.randn(3, 3), torch.randn(3, 3).t(), torch.randn(3, 6)[:, ::2]
+    recorder, *_ = check_round_trip(function, *inputs)
+    with unittest.mock.patch.object(_compat._Recorder, "call", lambda _, run, *call: run(*call)):
+        through_all_modes, *_ = check_round_trip(function, *inputs)
+    assert described(recorder.graphs[0]) == described(through_all_modes.graphs[0])
+
+
+LAYERS = 20
+
+
+def test_layers_alike_go_through_the_modes_of_the_tracer_once():
+    def function(x, w):
+        for _ in range(LAYERS):
+            x = F.silu(F.linear(x, w)) * x + w
+        return x
+
+    recorded = []
+    record = _compat._Recorder._record
+    with unittest.mock.patch.object(
+        _compat._Recorder, "_record", lambda *given: recorded.append(given[1].op) or record(*given)
+    ):
+        check_round_trip(function, torch.rand(3, 3) / 4, torch.rand(3, 3) / 4)
+    assert Counter(recorded) == dict.fromkeys(
+        (aten.linear.default, aten.silu.default, aten.mul.Tensor, aten.add.Tensor), LAYERS - 1
+    )
+
+
+@pytest.mark.parametrize("written", ["tensor", "result"])
+@pytest.mark.parametrize(
+    "dropout",
+    [
+        torch.nn.Dropout(0.5).eval(),
+        lambda x: F.dropout(x, 0.0),
+        lambda x: F.dropout(input=x, training=False, inplace=True),
+        lambda x: torch.dropout(x, p=0.5, train=False),
+    ],
+    ids=["module", "zero", "names", "torch"],
+)
+def test_dropout_that_drops_nothing_is_its_tensor(dropout, written):
+    def function(x):
+        x = x * 1
+        y = dropout(x)
+        (x if written == "tensor" else y).add_(1)
+        return x * 1, y * 1
+
+    check_round_trip(function, torch.randn(3))
+
+
+@pytest.mark.parametrize("written", ["tensor", "result", "neither"])
+@pytest.mark.parametrize(
+    "share",
+    [
+        lambda x: torch.einsum("ij->ji", x),
+        lambda x: torch.broadcast_tensors(x, x)[0],
+        lambda x: x.sum_to_size(3, 3),
+        lambda x: torch.meshgrid(x[0], x[0], indexing="ij")[0],
+    ],
+    ids=["einsum", "broadcast_tensors", "sum_to_size", "meshgrid"],
+)
+def test_writes_to_what_a_whole_operator_shares_are_refused(share, written):
+    def function(x):
+        x = x * 1
+        y = share(x)
+        if written != "neither":
+            (x if written == "tensor" else y[:1, :1]).add_(1)
+        return x * 1, y * 1
+
+    recorder, _ = capture(function, torch.randn(3, 3))
+    assert ["shares with its arguments" in why for why in recorder.refused] == [True] * (written != "neither")
 
 
 def test_sizes_that_nothing_needs_are_no_nodes_while_tracing():
