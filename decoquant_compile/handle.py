@@ -279,6 +279,16 @@ def _content(root: CacheTensor) -> Tensor:
     return state.read()[:, :, root._first : root._first + length]
 
 
+def replace(handle: CacheTensor, other: Tensor) -> None:
+    """Give a whole handle the content of another one of its shape, or of a dense tensor."""
+    with internal():
+        if not isinstance(other, CacheTensor):
+            _store(handle, other)
+            return
+        for state, source in zip(handle.states(), other.states(), strict=True):
+            state.buffer.copy_(source.buffer)
+
+
 def unpack(handle: CacheTensor) -> None:
     """Make a handle a plain tensor with its present content again; for a view, make its root one too."""
     root = handle if handle._root is None else handle._root

@@ -184,6 +184,7 @@ class PackedGraph:
         except Exception as error:
             log.exception("graph %s: takeover failed, the call runs dense", self.report.name)
             return self._run_dense(given, f"takeover failed: {type(error).__name__}: {error}")
+        self.selections.reorder(given)
         buffers = [
             self._tensor(args, i)._state.buffer if i not in opened else opened[i].state.buffer
             for i in range(len(self.bindings))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from decoquant_compile.dims import Dims
-from decoquant_compile.handle import CacheTensor, Transients, applied
+from decoquant_compile.handle import CacheTensor, Transients, applied, replace
 from decoquant_compile.normalize import Normal
 from decoquant_compile.patterns import selections as patterns
 from decoquant_compile.patterns.cache import CacheWrite
@@ -58,9 +58,10 @@ class Selections:
     """What is selected outside of a graph.
 
     Attributes:
-        graph: computes the values of `taken` that are no constants from some of Dynamo's inputs.
+        graph: computes the values of `taken` and `reordered` that are no constants from some of Dynamo's inputs.
         inputs: positions of its inputs among those that Dynamo passes.
         taken: each adds an input behind those that Dynamo passes, and uses up the one that it selects from.
+        reordered: each of an input that takes its selection in place, before the graph writes to it.
         first: how many inputs Dynamo passes.
         returned: each takes the place of the result that it selects from; their values are results of the graph, too.
     """
@@ -68,6 +69,7 @@ class Selections:
     graph: fx.GraphModule
     inputs: tuple[int, ...]
     taken: tuple[Step, ...]
+    reordered: tuple[Step, ...]
     first: int
     returned: tuple[Step, ...]
 
@@ -81,12 +83,24 @@ class Selections:
         if not self.taken:
             return args
         with torch.no_grad():
-            transients = Transients()  # an index may be computed from what another handle holds
-            values = self.graph(*(transients.lower(args[i]) for i in self.inputs))
-            given = list(args)
+            values, given = self._values(args), list(args)
             for step in self.taken:
                 given.append(step(given[step.place], values))
         return given
+
+    def reorder(self, args: Sequence[Any]) -> None:
+        """Let inputs, held by now, take their selections."""
+        if not self.reordered:
+            return
+        with torch.no_grad():
+            values = self._values(args)
+            for step in self.reordered:
+                replace(args[step.place], step(args[step.place], values))
+
+    def _values(self, args: Sequence[Any]) -> Sequence[Any]:
+        transients = Transients()  # an index may be computed from what another handle holds
+        values: Sequence[Any] = self.graph(*(transients.lower(args[i]) for i in self.inputs))
+        return values
 
     def of_examples(self, args: Sequence[Any]) -> Sequence[Any]:
         """The same of inputs whose kind alone is looked at: a selection of a cache is one of its kind."""
@@ -125,6 +139,9 @@ class Selections:
                 root = self.taken[root - self.first].place
             if not _is_served(step, inputs.get(placeholders[last])):
                 left.add(root)
+        for step in self.reordered:
+            if not _is_served(step, inputs.get(placeholders[step.place])):
+                left.add(step.place)
         for step in self.returned:
             if not _is_served(step, outputs.get(normal.outputs[step.place])):
                 left.add(~step.place)
@@ -136,14 +153,15 @@ def select(normal: Normal, held: Collection[fx.Node] = (), whole: Collection[int
 
     Args:
         normal: the graph; it is changed in place. A selection of an input becomes an input behind those it has, the
-            input that it selects from stays, without users.
+            input that it selects from stays, without users; one of an input that it writes to becomes this input.
         held: inputs that are caches by now.
         whole: inputs and results that stay as they are, as of `Selections.unserved`.
     """
     first, needed = len(normal.placeholders), list[fx.Node]()
     taken = _take(normal, set(held), whole, needed)
+    reordered = _reorder(normal, whole, needed)
     graph, inputs = cut(normal.gm, normal.placeholders, needed)
-    return Selections(graph, inputs, tuple(taken), first, tuple(_give(normal, whole)))
+    return Selections(graph, inputs, tuple(taken), tuple(reordered), first, tuple(_give(normal, whole)))
 
 
 def _take(normal: Normal, held: set[fx.Node], whole: Collection[int], needed: list[fx.Node]) -> list[Step]:
@@ -160,6 +178,19 @@ def _take(normal: Normal, held: set[fx.Node], whole: Collection[int], needed: li
         kept.add(given)
         if given in held:
             held.add(part)
+    return steps
+
+
+def _reorder(normal: Normal, whole: Collection[int], needed: list[fx.Node]) -> list[Step]:
+    """Put inputs in the places of their selections, where the graph writes to them; `needed` as for `_take`."""
+    steps = list[Step]()
+    kept = {normal.placeholders[i] for i in whole if i >= 0}
+    for given, node, selection in patterns.reordered([target for _, target in normal.mutations], kept):
+        if _is_late(selection):
+            continue
+        steps.append(_step(normal.placeholders.index(given), selection, needed))
+        node.replace_all_uses_with(given)
+        normal.graph.erase_node(node)
     return steps
 
 

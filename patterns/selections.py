@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -71,19 +71,25 @@ def taken(
         while whole := next((user for user in given.users if _is_whole(user)), None):
             whole.replace_all_uses_with(given)
             graph.erase_node(whole)
-        users = [user for user in given.users if user.target is not aten.sym_size.int]
-        if not users:
+        nodes, selection = _uses(given, given.users)
+        if selection is not None and (given in held or any(map(_is_continued, nodes))):
+            yield given, _merged(nodes), selection
+
+
+def reordered(written: Iterable[fx.Node], kept: Container[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node, Selection]]:
+    """The inputs that a graph writes to of which it uses a selection by index alone, with the node that selects.
+
+    Args:
+        written: inputs that the graph writes to.
+        kept: inputs to leave out.
+    """
+    for given in written:
+        if given in kept or not _may_be_cache(given):
             continue
-        first, *others = users
-        selection = read(first)
-        if selection is None or first.args[0] is not given or not all(same_value(first, other) for other in others):
-            continue
-        if given not in held and not any(_is_continued(user) for user in users):
-            continue
-        for other in others:
-            other.replace_all_uses_with(first)
-            graph.erase_node(other)
-        yield given, first, selection
+        users = (n for n in given.users if n.target is not aten.copy.default or n.args[1] is given)  # not copied over
+        nodes, selection = _uses(given, users)
+        if selection is not None and not selection.is_slice and same_shape(shape(nodes[0]), shape(given)):
+            yield given, _merged(nodes), selection
 
 
 def returned(output: fx.Node) -> tuple[fx.Node, list[Selection]]:
@@ -101,6 +107,23 @@ def returned(output: fx.Node) -> tuple[fx.Node, list[Selection]]:
     is_cut = all(user.target is aten.slice.Tensor for user in node.users) and any(x.is_slice for x in chain)
     may_grow = node.target is aten.cat.default or len(shape(node)) > _RANKS[0]  # three dims: states of a model, mostly
     return (node, chain) if may_grow and not is_cut else (output, [])
+
+
+def _uses(given: fx.Node, users: Iterable[fx.Node]) -> tuple[list[fx.Node], Selection | None]:
+    """The nodes that use the content of an input, and the selection that they are, if they are the same."""
+    nodes = [user for user in users if user.target is not aten.sym_size.int]
+    if not nodes or nodes[0].args[0] is not given or not all(same_value(nodes[0], node) for node in nodes):
+        return nodes, None
+    return nodes, read(nodes[0])
+
+
+def _merged(nodes: Sequence[fx.Node]) -> fx.Node:
+    """One node in place of several that compute the same."""
+    first, *others = nodes
+    for other in others:
+        other.replace_all_uses_with(first)
+        other.graph.erase_node(other)
+    return first
 
 
 def _is_continued(node: fx.Node) -> bool:

@@ -220,7 +220,7 @@ def attend(
         heads, queries, groups, parts, v.scales, v.sets,
         VD=v.dim, VP=v.padded, CODED=v.coded, ROWS=rows, PARTS=triton.next_power_of_2(parts),
         HAS_SINK=sink is not None, NATURAL=natural, BLOCK=channels, PRECISION=precision,
-        num_warps=8 if rows > 8 else 4, num_stages=1,
+        num_warps=8, num_stages=1,
     )  # fmt: skip
     return out
 

@@ -229,3 +229,110 @@ def test_what_is_no_selection_of_sequences_or_slots_stays_in_the_graph(selection
     for (out, past), (expected, dense) in zip(found, conversation(model), strict=True):
         assert distance(out, expected) < NOISE
         assert all(distance(cache.clone(), other) < NOISE for cache, other in zip(past, dense, strict=True))
+
+
+def copied(cache, beams):
+    cache.copy_(cache[beams])
+
+
+def assigned(cache, beams):
+    cache[:] = cache.index_select(0, beams)
+
+
+def from_the_end_in_place(cache, beams):
+    cache.copy_(cache[beams - BATCH])
+
+
+def heads_swapped(cache, beams):
+    cache.copy_(cache[:, (beams[:KV_HEADS] > 1).long()])
+
+
+class Static(Model):
+    """Buffers whose sequences each call reorders before it writes."""
+
+    def __init__(self, reorder):
+        super().__init__()
+        self.reorder = reorder
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(BATCH, KV_HEADS, SLOTS, CHANNELS))
+
+    def forward(self, x, positions, beams):
+        q, k, v = (f(x).unflatten(2, (-1, CHANNELS)).transpose(1, 2) for f in self.projections)
+        for cache, new in ((self.keys, k), (self.values, v)):
+            self.reorder(cache, beams)
+            cache.index_copy_(2, positions, new)
+        mask = torch.arange(SLOTS) <= positions[:, None]
+        return F.scaled_dot_product_attention(q, self.keys, self.values, mask, enable_gqa=True)
+
+
+SLOTS = 24
+
+
+@torch.no_grad()
+def in_place(model, step):
+    generator = torch.Generator().manual_seed(0)
+    length, found = 0, []
+    for tokens, _ in CALLS:
+        x = torch.randn(BATCH, tokens, WIDTH, generator=generator) * 2
+        beams = torch.randint(BATCH, (BATCH,), generator=generator)
+        out = step(x, torch.arange(length, length + tokens), beams)
+        found.append((out, model.keys.clone(), model.values.clone()))
+        length += tokens
+    return found
+
+
+@pytest.mark.parametrize("reorder", [copied, assigned, from_the_end_in_place])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_static_caches_are_reordered_in_place(reorder, bits):
+    model, dense = Static(reorder), Static(reorder)
+    with packing(bits=bits, **SMALL) as session:
+        found = in_place(model, torch.compile(model))
+    assert isinstance(model.keys, CacheTensor)
+    assert {finding.outcome for graph in session.report().graphs for finding in graph.findings} == {"rewritten"}
+    for (out, keys, values), (expected, *caches) in zip(found, in_place(dense, dense), strict=True):
+        assert distance(out, expected) < (NOISE if bits == 16 else 0.05)
+        if bits == 16:
+            assert torch.equal(keys.dense(), caches[0])
+            assert torch.equal(values.dense(), caches[1])
+
+
+def test_reordering_in_place_moves_codes_as_they_are():
+    """As a handle does between calls."""
+    inside, outside = Static(copied), Static(lambda cache, beams: None)
+
+    def step(x, positions, beams):
+        if isinstance(outside.keys, CacheTensor):
+            outside.keys, outside.values = outside.keys[beams], outside.values[beams]
+        return compiled(x, positions, beams)
+
+    with packing(bits=4, **SMALL):
+        found = in_place(inside, torch.compile(inside))
+    with packing(bits=4, **SMALL):
+        compiled = torch.compile(outside)
+        expected = in_place(outside, step)
+    for (out, *caches), (other, *others) in zip(found, expected, strict=True):
+        assert torch.equal(out, other)
+        assert all(torch.equal(cache.dense(), dense.dense()) for cache, dense in zip(caches, others, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:decoquant_compile")
+def test_another_dim_reordered_in_place_stays_in_the_graph():
+    model, dense = Static(heads_swapped), Static(heads_swapped)
+    torch.compiler.reset()
+    with decoquant_compile.enable(bits=16):
+        found = in_place(model, torch.compile(model))
+    assert not isinstance(model.keys, CacheTensor)
+    for got, expected in zip(found, in_place(dense, dense), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:decoquant_compile")
+def test_a_call_that_must_run_dense_reorders_once():
+    model, dense = Static(copied), Static(copied)
+    held = model.keys.view(-1)  # its memory cannot be given up
+    torch.compiler.reset()
+    with decoquant_compile.enable(bits=16):
+        found = in_place(model, torch.compile(model))
+    assert held.data_ptr() == model.keys.data_ptr()
+    for (out, *_), (expected, *_) in zip(found, in_place(dense, dense), strict=True):
+        assert distance(out, expected) < NOISE

@@ -97,7 +97,7 @@ TWISTS = (
     "in turns", "written twice", "written again elsewhere", "a slot cleared", "scaled in place", "cleared first",
     "counter",
     # reads
-    "reordered", "reordered after", "rolled back",
+    "reordered", "reordered after", "reordered in place", "rolled back",
     "read before", "offset", "strided", "flipped", "gathered", "rolled", "one rolled", "rounded", "times one",
     "plus one", "projected", "by slot", "centred", "normed", "crossed", "same twice", "tiled", "fewer heads",
     "channels reversed", "extra views", "heads reversed", "cropped",
@@ -262,6 +262,9 @@ class Module(torch.nn.Module):
         if target.dim() == 3:
             new = new.flatten(2)
         write = case.write
+        if "reordered in place" in twists and target.dim() == 4 and write not in ("grow", "begin", "functional"):
+            batch = self.order.index(0)
+            target.copy_(target.index_select(batch, torch.arange(target.shape[batch]).flip(0)))
         if write == "index_copy":
             target.index_copy_(dim, places, new.to(target.dtype))
         elif write == "index_put":
