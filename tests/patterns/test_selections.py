@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decoquant_compile.patterns.selections import returned, taken
+from decoquant_compile.patterns.selections import reordered, returned, taken
 from tests.graphs import BATCH, CHANNELS, HEADS, SLOTS, cache, capture, new
 
 INDEX = torch.tensor([1, 0])
@@ -74,6 +74,31 @@ def test_an_input_that_is_to_be_kept_stays():
 )
 def test_of_what_is_no_cache_yet_only_what_is_appended_to(use, count):
     assert len(list(taken(graph_of(use, cache()).graph, ()))) == count
+
+
+@pytest.mark.parametrize(
+    ("write", "found"),
+    [
+        (lambda c, x: c.copy_(c[INDEX]), [("index", 0)]),
+        (lambda c, x: c.__setitem__(slice(None), c.index_select(0, INDEX)), [("index_select", 0)]),
+        (lambda c, x: c.copy_(c[:, INDEX]), [("index", 1)]),
+        (lambda c, x: c.copy_(c[INDEX] + c), []),
+        (lambda c, x: c.copy_(c[INDEX[:1]]), []),
+        (lambda c, x: c.copy_(c[:, :, :1]), []),
+        (lambda c, x: c.__setitem__(slice(0, 1), c[INDEX][:1]), []),
+        (lambda c, x: c[:, :, :1].copy_(x), []),
+    ],
+)
+def test_of_inputs_that_are_written(write, found):
+    def function(x, c):
+        write(c, x)
+        c[:, :, 2:3] = x
+        return (c + 1,)
+
+    normal = graph_of(function, cache())
+    written = [target for _, target in normal.mutations]
+    assert [(selection.kind, selection.dim) for _, _, selection in reordered(written, ())] == found
+    assert not list(reordered(written, written))
 
 
 @pytest.mark.parametrize(
