@@ -304,7 +304,7 @@ def _aliasing(gm: fx.GraphModule) -> str | None:
     for node in gm.graph.find_nodes(op="placeholder"):
         for storage in _storages([node]):
             storages.setdefault(storage, []).append(node)
-    written = {s for node in gm.graph.nodes if _writes(node) for s in _storages([node, *node.all_input_nodes])}
+    written = {s for node in gm.graph.nodes if _writes(node) for s in _storages([node, *_targets(node)])}
     for storage, nodes in storages.items():
         if len(nodes) > 1 and storage in written:
             return f"inputs share memory that it writes: {', '.join(map(Normal.source, nodes))}"
@@ -343,6 +343,14 @@ def _writes(node: fx.Node) -> bool:
         or "out" in node.kwargs
         or bool(node.kwargs.get("inplace"))
     )
+
+
+def _targets(node: fx.Node) -> list[fx.Node]:
+    """The arguments of a node, which writes, that it may write to."""
+    first: Any = node.args[0] if node.args else None
+    if isinstance(first, fx.Node) and (node.op == "call_method" or node.target in _IN_PLACE_OPERATORS):
+        return [first]
+    return node.all_input_nodes
 
 
 def _name(node: fx.Node) -> str:

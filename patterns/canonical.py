@@ -9,7 +9,17 @@ from torch import fx
 
 from decoquant_compile.patterns.cache import is_birth
 from decoquant_compile.patterns.movement import plain, sliced
-from decoquant_compile.patterns.symbols import argument, computed, dtype, guarded, known, same_shape, shape, size_of
+from decoquant_compile.patterns.symbols import (
+    argument,
+    computed,
+    dtype,
+    guarded,
+    known,
+    number,
+    same_shape,
+    shape,
+    size_of,
+)
 
 aten = torch.ops.aten
 
@@ -40,14 +50,39 @@ def _widen_indices(put: fx.Node) -> None:
         put.update_arg(1, [wide.get(x, x) for x in indices])
 
 
-def _scatter(cat: fx.Node) -> None:
-    """A tensor whose slots before and behind some new ones are put around these is one that they are written to."""
-    parts, dim = argument(cat, "tensors"), argument(cat, "dim") % len(shape(cat))
-    if len(parts) != 3:
-        return
-    before, new, behind = parts
+def _one_cat(cat: fx.Node) -> None:
+    parts = argument(cat, "tensors")
     if len({len(shape(x)) for x in (cat, *parts)}) > 1:  # `cat` leaves out an empty tensor of one dim
         return
+    if len(parts) == 3:
+        _scatter(cat)
+    elif len(parts) == 2:
+        _end_of_whole(cat)
+
+
+def _end_of_whole(cat: fx.Node) -> None:
+    """The end of a tensor, and new slots, are the end of the tensor with these slots, where a graph has that, too."""
+    (end, new), dim = argument(cat, "tensors"), argument(cat, "dim") % len(shape(cat))
+    if end.target is not aten.slice.Tensor or argument(end, "dim") % len(shape(cat)) != dim:
+        return
+    source, span = argument(end, "self"), sliced(end)
+    if span is None or not known(size_of(span.first) + shape(end)[dim] == shape(source)[dim]):
+        return
+    for whole in source.users:
+        if whole.target is not aten.cat.default or not whole < cat or argument(whole, "dim") % len(shape(cat)) != dim:
+            continue
+        first, *rest = argument(whole, "tensors")
+        if first is source and len(rest) == 1 and plain(rest[0]) is plain(new):
+            with cat.graph.inserting_before(cat):
+                same = computed(cat.graph, aten.slice.Tensor, whole, dim, span.first)
+            cat.replace_all_uses_with(same)
+            cat.graph.erase_node(cat)
+            return
+
+
+def _scatter(cat: fx.Node) -> None:
+    """A tensor whose slots before and behind some new ones are put around these is one that they are written to."""
+    (before, new, behind), dim = argument(cat, "tensors"), argument(cat, "dim") % len(shape(cat))
     if before.target is not aten.slice.Tensor or behind.target is not aten.slice.Tensor:
         return
     source = argument(before, "self")
@@ -86,25 +121,57 @@ def _guard_slice(scatter: fx.Node) -> None:
 
 def _one_slice_scatter(scatter: fx.Node) -> None:
     _guard_slice(scatter)
-    _join(scatter)
+    if not _join(scatter):
+        _slide(scatter)
 
 
-def _join(scatter: fx.Node) -> None:
-    """A longer tensor that gets old slots, and new ones behind them, is the two put together."""
+def _slide(scatter: fx.Node) -> None:
+    """A tensor that is rolled and gets new slots where its first ones have gone is its end and these slots."""
+    dim, base, new = argument(scatter, "dim") % len(shape(scatter)), plain(argument(scatter, "self")), _source(scatter)
+    if base.target is not aten.roll.default or _is_written(scatter):  # a cache that is rolled in place has rules
+        return
+    source, shifts, dims = (argument(base, name) for name in ("self", "shifts", "dims"))
+    size, tokens, span = shape(source)[dim], shape(new)[dim], sliced(scatter)
+    if (
+        len(shifts) == 1
+        and [d % len(shape(scatter)) for d in dims] == [dim]
+        and known(size_of(shifts[0]) == -tokens)
+        and span is not None
+        and known(size_of(span.first) + tokens == size)
+        and dtype(new) == dtype(scatter)
+        and (start := number(scatter.graph, tokens)) is not None
+    ):
+        with scatter.graph.inserting_before(scatter):
+            end = computed(scatter.graph, aten.slice.Tensor, source, dim, start)
+            slid = computed(scatter.graph, aten.cat.default, [end, new], dim)
+        scatter.replace_all_uses_with(slid)
+        scatter.graph.erase_node(scatter)
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether a graph writes a value, or a copy of it, to one of its inputs."""
+    values: Any = node.graph.output_node().args[0]
+    return node in values[0] or any(user.target is aten.copy.default for user in node.users)
+
+
+def _join(scatter: fx.Node) -> bool:
+    """A longer tensor that gets old slots, and new ones behind them, is the two put together; whether it was one."""
     dim, base, new = argument(scatter, "dim") % len(shape(scatter)), plain(argument(scatter, "self")), _source(scatter)
     old = _grown(base, dim)
     if old is None or not dtype(old) == dtype(new) == dtype(scatter):
-        return
+        return False
     held, tokens, start = shape(old)[dim], shape(new)[dim], size_of(argument(scatter, "start") or 0)
-    if (
+    is_joined = (
         argument(scatter, "step") == 1
         and (known(start == held) or known(start == -tokens))
         and same_shape(shape(scatter), (*shape(old)[:dim], held + tokens, *shape(old)[dim + 1 :]))
-    ):
+    )
+    if is_joined:
         with scatter.graph.inserting_before(scatter):
             joined = computed(scatter.graph, aten.cat.default, [old, new], dim)
         scatter.replace_all_uses_with(joined)
         scatter.graph.erase_node(scatter)
+    return is_joined
 
 
 def _grown(node: fx.Node, dim: int) -> fx.Node | None:
@@ -163,7 +230,7 @@ _FILLED: dict[Any, Any] = {
 _RULES: dict[Callable[..., Any], Callable[[fx.Node], None]] = {
     aten.unbind.int: _select_each,
     aten.index_put.default: _widen_indices,
-    aten.cat.default: _scatter,
+    aten.cat.default: _one_cat,
     aten.slice_scatter.default: _one_slice_scatter,
     **dict.fromkeys(_FILLED, _fill_by_itself),
 }

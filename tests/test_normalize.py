@@ -167,6 +167,16 @@ def test_dropout_that_drops_nothing_is_its_tensor(dropout, written):
     check_round_trip(function, torch.randn(3))
 
 
+def test_what_is_copied_from_may_share_memory():
+    def function(cache, k, v):
+        cache[:, 0] = k
+        cache.narrow(1, 1, 1).copy_(v[:, None])
+        return cache * 2
+
+    both = torch.randn(2, 2, 4)
+    check_round_trip(function, torch.zeros(2, 3, 4), *both.unbind(0))
+
+
 @pytest.mark.parametrize("written", ["tensor", "result", "neither"])
 @pytest.mark.parametrize(
     "share",

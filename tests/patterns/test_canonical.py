@@ -176,3 +176,88 @@ def from_the_second(x, new):
 @pytest.mark.parametrize("grow", [padded_before, padded_too_far, padded_along_two, over_the_old, from_the_second])
 def test_what_is_more_than_two_put_together_stays(grow):
     assert aten.cat.default not in targets(folded(grow, X, NEW))
+
+
+def rolled(x, new):
+    x = x.roll(-2, 2)
+    x[:, :, -2:] = new
+    return x
+
+
+def rolled_from_the_front(x, new):
+    x = torch.roll(x, (-2,), (2,)).clone()
+    x[:, :, 8:10] = new
+    return x
+
+
+@pytest.mark.parametrize("slide", [rolled, rolled_from_the_front])
+def test_a_rolled_tensor_with_new_slots_is_two_put_together(slide):
+    graph = folded(slide, X, NEW)
+    (joined,) = graph.find_nodes(op="call_function", target=aten.cat.default)
+    assert aten.roll.default not in targets(graph)
+    assert [part.target for part in joined.args[0]] == [aten.slice.Tensor, "arg1_1"]
+
+
+def rolled_further(x, new):
+    x = x.roll(-3, 2)
+    x[:, :, -2:] = new
+    return x
+
+
+def rolled_back(x, new):
+    x = x.roll(2, 2)
+    x[:, :, -2:] = new
+    return x
+
+
+def rolled_twice(x, new):
+    x = x.roll((-2, 1), (2, 1))
+    x[:, :, -2:] = new
+    return x
+
+
+def rolled_along_another(x, new):
+    x = x.roll(-2, 0)
+    x[:, :, -2:] = new
+    return x
+
+
+def rolled_and_written_before(x, new):
+    x = x.roll(-2, 2)
+    x[:, :, -3:-1] = new
+    return x
+
+
+@pytest.mark.parametrize(
+    "slide", [rolled_further, rolled_back, rolled_twice, rolled_along_another, rolled_and_written_before]
+)
+def test_what_is_rolled_otherwise_stays(slide):
+    assert aten.roll.default in targets(folded(slide, X, NEW))
+
+
+def test_the_end_and_new_slots_are_the_end_of_the_whole():
+    def window(x, new):
+        whole = torch.cat([x, new], 2)
+        return torch.cat([torch.cat([x[:, :, 2:], new[:, :, -2:]], 2), whole], 2)
+
+    graph = folded(window, X, NEW)
+    whole, _ = graph.find_nodes(op="call_function", target=aten.cat.default)
+    assert {user.target for user in whole.users} == {aten.cat.default, aten.slice.Tensor}
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        lambda x, new: torch.cat([x[:, :, 2:], new + 0], 2),  # other slots
+        lambda x, new: torch.cat([x[:, :, 2:9], new], 2),  # a gap
+        lambda x, new: torch.cat([x[:, :, ::2], new], 2),
+        lambda x, new: torch.cat([new, x[:, :, 2:]], 2),
+        lambda x, new: torch.cat([x[:, 2:].expand(2, 3, 10, 4), new], 2),
+    ],
+)
+def test_what_is_no_end_of_the_whole_stays(window):
+    def both(x, new):
+        whole = torch.cat([x, new], 2)
+        return torch.cat([window(x, new), whole], 2)
+
+    assert targets(folded(both, X, NEW)).count(aten.cat.default) == 3
