@@ -309,9 +309,9 @@ class _Interpreter(fx.Interpreter):
 class _Recorder:
     """Makes the calls of a graph under a tracer; those that are alike run through its modes once.
 
-    The modes take a millisecond for each call, most of what our passes need, and layers are alike. A call
-    that was traced as one operator which makes one new tensor is known from then on: with tensors of the same dtype,
-    sizes and strides, and equal other arguments, it is recorded at once. Views and writes always take the long way.
+    The modes take a millisecond for each call, most of what our passes need, and layers are alike. A call that was
+    traced as one operator which makes one new tensor is known from then on: with tensors of the same dtype, sizes and
+    strides, and equal other arguments, it is recorded at once. Views and writes always take the long way.
     """
 
     def __init__(self) -> None:
@@ -331,8 +331,8 @@ class _Recorder:
             return self._record(known, list(tensors.values()))
         last = self._tracer.graph._root._prev
         result = run(target, args, kwargs)
-        known = self._learn(last.next, result, tensors)
-        if known is None or self._inputs(args, kwargs) != inputs:  # written in place
+        known, after = self._learn(last.next, result, tensors), self._inputs(args, kwargs)
+        if known is None or after is None or after[0].keys() != tensors.keys():  # written in place
             self._others.add(target)
         else:
             self._known[target, likeness] = known

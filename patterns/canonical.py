@@ -74,9 +74,9 @@ def _end_of_whole(cat: fx.Node) -> None:
         first, *rest = argument(whole, "tensors")
         if first is source and len(rest) == 1 and plain(rest[0]) is plain(new):
             with cat.graph.inserting_before(cat):
-                same = computed(cat.graph, aten.slice.Tensor, whole, dim, span.first)
-            cat.replace_all_uses_with(same)
-            cat.graph.erase_node(cat)
+                view = computed(cat.graph, aten.slice.Tensor, whole, dim, span.first)
+                same = computed(cat.graph, aten.clone.default, view, memory_format=torch.contiguous_format)
+            _put(same, cat)
             return
 
 
@@ -144,8 +144,14 @@ def _slide(scatter: fx.Node) -> None:
         with scatter.graph.inserting_before(scatter):
             end = computed(scatter.graph, aten.slice.Tensor, source, dim, start)
             slid = computed(scatter.graph, aten.cat.default, [end, new], dim)
-        scatter.replace_all_uses_with(slid)
-        scatter.graph.erase_node(scatter)
+        _put(slid, scatter)
+
+
+def _put(new: fx.Node, old: fx.Node) -> None:
+    """Put a node in the place of another one that holds the same, if it lies in memory in the same way."""
+    if same_shape(new.meta["val"].stride(), old.meta["val"].stride()):
+        old.replace_all_uses_with(new)
+        old.graph.erase_node(old)
 
 
 def _is_written(node: fx.Node) -> bool:
