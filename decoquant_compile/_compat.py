@@ -280,7 +280,7 @@ class _Interpreter(fx.Interpreter):
     What the graph itself computes is not put off: sums of sums could be nested as deep as the graph is long.
 
     `type_as` that has nothing to convert and dropout that drops nothing are their tensor, which functionalisation takes
-    for a copy.
+    for a copy. So is `to`, which it would check when the graph runs.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -297,6 +297,8 @@ class _Interpreter(fx.Interpreter):
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target == "type_as" and args[0].dtype == args[1].dtype and args[0].device == args[1].device:
             return args[0]
+        if target == "to" and not kwargs and _is_already(*args):
+            return args[0]
         return self._recorder.call(super().call_method, target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -304,6 +306,12 @@ class _Interpreter(fx.Interpreter):
             return super().run_node(n)
         with proxy_tensor.maybe_disable_thunkify():
             return super().run_node(n)
+
+
+def _is_already(tensor: Tensor, *wanted: object) -> bool:
+    """Whether a tensor has the dtype and is on the device that it is to have, as far as that is clear."""
+    kinds = torch.dtype, torch.device
+    return all(isinstance(x, kinds) and x in (tensor.dtype, tensor.device) for x in wanted)
 
 
 class _Recorder:
