@@ -295,10 +295,10 @@ class _Interpreter(fx.Interpreter):
         return self._recorder.call(super().call_function, target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target == "type_as" and args[0].dtype == args[1].dtype and args[0].device == args[1].device:
-            return args[0]
-        if target == "to" and not kwargs and _is_already(*args):
-            return args[0]
+        if target in ("to", "type_as") and not kwargs:
+            tensor, *wanted = args
+            if _is_already(tensor, *((wanted[0].dtype, wanted[0].device) if target == "type_as" else wanted)):
+                return tensor
         return self._recorder.call(super().call_method, target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from decoquant_compile import _compat
+from decoquant_compile.patterns.symbols import inputs_behind
 
 aten = torch.ops.aten
 
@@ -154,14 +155,7 @@ def fixed_numbers(gm: fx.GraphModule) -> set[fx.Node]:
     """
     takers = (node for node in gm.graph.nodes if _name(node) in _TAKES_NUMBERS)
     arguments = [x for node in takers for x in node.all_input_nodes]
-    todo = [x for x in arguments if isinstance(x.meta.get("example_value"), torch.SymFloat)]
-    found: set[fx.Node] = set()
-    while todo:
-        node = todo.pop()
-        if node.op == "placeholder":
-            found.add(node)
-        todo += node.all_input_nodes
-    return found
+    return inputs_behind(x for x in arguments if isinstance(x.meta.get("example_value"), torch.SymFloat))
 
 
 def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normal:
@@ -304,7 +298,7 @@ def _aliasing(gm: fx.GraphModule) -> str | None:
     for node in gm.graph.find_nodes(op="placeholder"):
         for storage in _storages([node]):
             storages.setdefault(storage, []).append(node)
-    written = {s for node in gm.graph.nodes if _writes(node) for s in _storages([node, *_targets(node)])}
+    written = {s for node in gm.graph.nodes if _writes(node) for s in _storages([node, *_written_by(node)])}
     for storage, nodes in storages.items():
         if len(nodes) > 1 and storage in written:
             return f"inputs share memory that it writes: {', '.join(map(Normal.source, nodes))}"
@@ -345,7 +339,7 @@ def _writes(node: fx.Node) -> bool:
     )
 
 
-def _targets(node: fx.Node) -> list[fx.Node]:
+def _written_by(node: fx.Node) -> list[fx.Node]:
     """The arguments of a node, which writes, that it may write to."""
     first: Any = node.args[0] if node.args else None
     if isinstance(first, fx.Node) and (node.op == "call_method" or node.target in _IN_PLACE_OPERATORS):

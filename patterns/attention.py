@@ -8,7 +8,7 @@ from torch import fx
 from decoquant_compile.patterns import eager, flex
 from decoquant_compile.patterns.core import AttentionCore, mask_problem
 from decoquant_compile.patterns.reject import Problem, Reason, Reject
-from decoquant_compile.patterns.symbols import argument, shape
+from decoquant_compile.patterns.symbols import argument, inputs_behind, shape
 
 __all__ = ["SDPA", "AttentionCore", "anchors", "computed_scales", "cores", "readers"]
 
@@ -39,14 +39,8 @@ def anchors(graph: fx.Graph) -> list[fx.Node]:
 
 def computed_scales(graph: fx.Graph) -> set[fx.Node]:
     """The inputs of a graph that numbers are made of which scale logits."""
-    todo = [n for node in anchors(graph) if node.target in eager.SOFTMAX for n in eager.computed_numbers(node)]
-    found: set[fx.Node] = set()
-    while todo:
-        node = todo.pop()
-        if node.op == "placeholder":
-            found.add(node)
-        todo += node.all_input_nodes
-    return found
+    softmaxes = (node for node in anchors(graph) if node.target in eager.SOFTMAX)
+    return inputs_behind(n for node in softmaxes for n in eager.computed_numbers(node))
 
 
 def cores(graph: fx.Graph) -> list[AttentionCore | Reject]:

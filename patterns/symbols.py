@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,6 +77,18 @@ def number(graph: fx.Graph, size: Size) -> Int | None:
     if isinstance(made, fx.Node):
         made.meta.setdefault("val", size)
     return made
+
+
+def inputs_behind(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The inputs of a graph that nodes are computed from."""
+    todo = list(nodes)
+    seen: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return {node for node in seen if node.op == "placeholder"}
 
 
 def argument(node: fx.Node, name: str) -> Any:
