@@ -300,32 +300,37 @@ class Task {
       const uint16_t* scales = at<uint16_t>(call_.key_state, key_.scales) + at_set;
       const auto limit = static_cast<float>(
           std::min<int64_t>(FACTOR_LIMIT, std::numeric_limits<int32_t>::max() / (128 * key_.padded_dim)));
-      scratch_.resize(key_.padded_dim);
+      scratch_.resize(whole_registers(key_.padded_dim));
       for (int i = 0; i < group_; ++i) {
         const float* query = queries_.data() + i * plan_.query_stride;
-        float mean = 0;
-        for (int64_t c = 0; c < key_.head_dim; ++c) {
-          scratch_[c] = query[c] / from_bfloat16(scales[c]);
-          mean += query[c] * from_bfloat16(means[c]);
-        }
+        Floats mean{}, peaks = splat(std::numeric_limits<float>::min());
+        each_register(BFLOAT16, scales, 1, key_.head_dim, [&](int64_t c, Floats scale) {
+          store(scratch_.data() + c, load<Floats>(query + c) / scale);
+        });
+        each_register(BFLOAT16, means, 1, key_.head_dim, [&](int64_t c, Floats x) {
+          mean = fused(load<Floats>(query + c), x, mean);
+        });
         std::fill(scratch_.begin() + key_.head_dim, scratch_.end(), 0.0f);
         rotate(key_, scratch_.data());
-        float peak = std::numeric_limits<float>::min();
-        for (int64_t c = 0; c < key_.head_dim; ++c) peak = std::max(peak, std::fabs(scratch_[c]));
-        const float inverse = limit / peak;
-        uint32_t total = 0;
-        for (int64_t quad = 0; quad < key_.padded_dim / QUAD; ++quad) {
-          int32_t value[QUAD];
-          for (int j = 0; j < QUAD; ++j) {
-            value[j] = static_cast<int32_t>(std::nearbyintf(scratch_[quad * QUAD + j] * inverse));
-            total += static_cast<uint32_t>(value[j]);
-          }
-          int32_t* words = factor + layout_.at(quad, i);
-          split_quad(value, words, words + layout_.limb_step());
+        for (int64_t c = 0; c < key_.padded_dim; c += WIDTH) {
+          peaks = max(magnitude(load<Floats>(scratch_.data() + c)), peaks);
         }
-        fold.shift[i] = total * 128;
+        const float peak = largest(peaks), inverse = limit / peak;
+        Words totals{};
+        for (int64_t c = 0; c < key_.padded_dim; c += WIDTH) {
+          const Ints value = to_ints(load<Floats>(scratch_.data() + c) * inverse);
+          totals += (Words)value;
+          int32_t limbs[2][WIDTH / QUAD];
+          split_quads(value, limbs[0], limbs[1]);
+          for (int quad = 0; quad < WIDTH / QUAD; ++quad) {
+            int32_t* words = factor + layout_.at(c / QUAD + quad, i);
+            words[0] = limbs[0][quad];
+            words[layout_.limb_step()] = limbs[1][quad];
+          }
+        }
+        fold.shift[i] = sum(totals) * 128;
         fold.scale[i] = peak / limit / static_cast<float>(key_.steps);
-        fold.mean[i] = mean;
+        fold.mean[i] = sum(mean);
       }
     }
     return {factor, fold.shift, fold.scale, fold.mean};
@@ -356,10 +361,18 @@ class Task {
     return {at_slot(0), at_slot(1)};
   }
 
+  // Prefetches what goes with the codes of the next block.
+  static void prefetch_block(const uint16_t* gains, const uint8_t* epochs) {
+    constexpr int LINE = 64;
+    for (int i = 0; i < BLOCK; i += LINE / 2) __builtin_prefetch(gains + BLOCK + i, 0, 2);
+    for (int i = 0; i < BLOCK; i += LINE) __builtin_prefetch(epochs + BLOCK + i, 0, 2);
+  }
+
   void packed_scores(const Span& span) {
     const int64_t head = row_ * key_.heads + head_;
     const uint16_t* gains = at<uint16_t>(call_.key_state, key_.gains) + head * key_.capacity + span.slot;
     const uint8_t* epochs = at<uint8_t>(call_.key_state, key_.epochs) + row_ * key_.capacity + span.slot;
+    prefetch_block(gains, epochs);
     const int64_t first = span.begin / LANES, last = (span.end + LANES - 1) / LANES;
     const Planes from = planes(key_, call_.key_state, span.slot);
     bool any = false;
@@ -456,12 +469,7 @@ class Task {
                    }
                  }
                });
-    if (call_.softcap > 0) {
-      const auto cap = static_cast<float>(call_.softcap);
-      for (int i = 0; i < group_; ++i) {
-        for (int64_t t = span.begin; t < span.end; ++t) scores_[i * BLOCK + t] = cap * std::tanh(scores_[i * BLOCK + t] / cap);
-      }
-    }
+    if (call_.softcap > 0) cap_scores(scores_, group_ * BLOCK, static_cast<float>(call_.softcap));
     for (int i = 0; i < group_; ++i) {
       float* scores = scores_ + i * BLOCK;
       const int m = masks == 1 ? 0 : i;
@@ -544,6 +552,7 @@ class Task {
     const int64_t head = row_ * value_.heads + head_;
     const uint16_t* gains = at<uint16_t>(call_.value_state, value_.gains) + head * value_.capacity + span.slot;
     const uint8_t* epochs = at<uint8_t>(call_.value_state, value_.epochs) + row_ * value_.capacity + span.slot;
+    prefetch_block(gains, epochs);
     const int64_t tiles = (span.end + TILE - 1) / TILE;
     const Planes from = planes(value_, call_.value_state, span.slot);
     for_each_set(epochs, span.begin, span.end, [&](int64_t set, const uint8_t* only) {

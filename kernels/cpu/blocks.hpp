@@ -15,6 +15,26 @@ struct Planes {
   const uint8_t* upper;  // the one-bit plane of 5 and 3 bits
 };
 
+// Prefetches what the next block will read, along memory whatever the order of the arithmetic: other orders are slower.
+template <int BITS>
+class Ahead {
+ public:
+  Ahead(const Planes& planes, int64_t lower, int64_t upper) : lower_(planes.lower + lower), upper_(planes.upper + upper) {}
+
+  // As much as one `Codes::load` reads.
+  DECOQUANT_INLINE void load() {
+    DECOQUANT_UNROLL for (int line = 0; line < LOWER_ROWS<BITS>; ++line) __builtin_prefetch(lower_ + 64 * line, 0, 2);
+    lower_ += 64 * LOWER_ROWS<BITS>;
+    if constexpr (BITS == 5 || BITS == 3) {
+      __builtin_prefetch(upper_, 0, 2);
+      upper_ += 64;
+    }
+  }
+
+ private:
+  const uint8_t *lower_, *upper_;
+};
+
 // Whether sums of a group of queries are taken by tile registers: with fewer rows or wider codes, vectors are faster.
 constexpr bool is_tiled(int64_t bits, int64_t group) {
 #if defined(__AMX_INT8__)
@@ -71,18 +91,16 @@ DECOQUANT_INLINE void finish_scores(const uint16_t* gains, const Folded& query, 
 // they lie if they are entries as they are.
 template <int BITS>
 DECOQUANT_INLINE const Operand* decode(const Book& book, const uint8_t* lower, const uint8_t* upper, int64_t loads,
-                                       int64_t ahead, Operand& out) {
+                                       Ahead<BITS>& ahead, Operand& out) {
   constexpr int QUADS = Codes<BITS>::QUADS;
   if (BITS == 8 && loads >= CHUNK / QUADS) {
-    DECOQUANT_UNROLL for (int line = 0; line < CHUNK; ++line) __builtin_prefetch(lower + ahead + 64 * line, 0, 2);
+    DECOQUANT_UNROLL for (int i = 0; i < CHUNK / QUADS; ++i) ahead.load();
     return reinterpret_cast<const Operand*>(lower);
   }
   DECOQUANT_UNROLL for (int i = 0; i < CHUNK / QUADS; ++i) {
     if (i >= loads) break;
     Codes<BITS>::load(book, lower, upper, out.quad + i * QUADS);
-    DECOQUANT_UNROLL for (int line = 0; line < LOWER_ROWS<BITS>; ++line) {
-      __builtin_prefetch(lower + ahead + 64 * line, 0, 2);
-    }
+    ahead.load();
     lower += LOWER_ROWS<BITS> * 64;
     upper += 64;
   }
@@ -99,6 +117,8 @@ void tiled_scores(const Table& table, const Planes& planes, int64_t padded_dim, 
   const int64_t lower_tile = loads * LOWER_ROWS<BITS> * 64, upper_tile = loads * 64;
   Operand decoded[SUM_TILES];
   const Operand* codes[SUM_TILES] = {};
+  const int64_t next = BLOCK / LANES + first / SUM_TILES * SUM_TILES;
+  Ahead<BITS> ahead(planes, next * lower_tile, next * upper_tile);
   // So many tiles of tokens at a time; blocks are padded to whole ones.
   for (int64_t tile = first / SUM_TILES * SUM_TILES; tile < last; tile += SUM_TILES) {
     each_constant<SUM_TILES>([](auto sum) { tile_zero<sum()>(); });
@@ -106,7 +126,7 @@ void tiled_scores(const Table& table, const Planes& planes, int64_t padded_dim, 
       for (int sum = 0; sum < SUM_TILES; ++sum) {
         const uint8_t* lower = planes.lower + (tile + sum) * lower_tile + done * LOWER_ROWS<BITS> * 64;
         const uint8_t* upper = planes.upper + (tile + sum) * upper_tile + done * 64;
-        codes[sum] = decode<BITS>(book, lower, upper, loads - done, BLOCK / LANES * lower_tile, decoded[sum]);
+        codes[sum] = decode<BITS>(book, lower, upper, loads - done, ahead, decoded[sum]);
       }
       tile_load_factor<FACTOR_TILE>(query.factor + layout.at(done * Codes<BITS>::QUADS, 0), CHUNK);
       each_constant<SUM_TILES>([&](auto sum) {
@@ -137,6 +157,8 @@ void scores_of(const Table& table, const Planes& planes, int64_t padded_dim, con
   const Book book(table);
   const int64_t loads = padded_dim / (QUAD * QUADS);
   const int64_t lower_tile = loads * LOWER_ROWS<BITS> * 64, upper_tile = loads * 64;
+  const int64_t next = BLOCK / LANES + first;
+  Ahead<BITS> ahead(planes, next * lower_tile, next * upper_tile);
   for (int64_t tile = first; tile < last; ++tile) {
     DECOQUANT_UNROLL for (int half = 0; half < HALVES; ++half) {
       const uint8_t* lower = planes.lower + tile * lower_tile + half * 4 * WIDTH;
@@ -152,9 +174,7 @@ void scores_of(const Table& table, const Planes& planes, int64_t padded_dim, con
             sums[quad % SETS][row].add(codes[quad], words, words + 1);
           }
         }
-        DECOQUANT_UNROLL for (int line = 0; line < LOWER_ROWS<BITS>; ++line) {
-          __builtin_prefetch(lower + (BLOCK / LANES) * lower_tile + 64 * line, 0, 2);  // the same line of the next block
-        }
+        if (half == 0) ahead.load();
         lower += LOWER_ROWS<BITS> * 64;
         upper += 64;
         factor += QUADS * GROUP * 2;
@@ -174,6 +194,18 @@ struct Weights {
   uint32_t shift[MAX_GROUP];
   float scale[MAX_GROUP];
 };
+
+constexpr float LOG2_E = 1.44269504f;
+
+// cap * tanh(score / cap), in place.
+inline void cap_scores(float* scores, int64_t count, float cap) {
+  for (int64_t t = 0; t < count; t += WIDTH) {
+    const Floats score = load<Floats>(scores + t);
+    const Floats fading = exponential(magnitude(score) * (-2 * LOG2_E / cap));
+    const Floats capped = cap * (1.0f - fading) / (1.0f + fading);
+    store(scores + t, (Floats)((Words)capped | ((Words)score & 0x80000000u)));
+  }
+}
 
 // Turns scores [GROUP][BLOCK] into weights e^(score - maximum) and brings the running maxima and sums up to date; sums
 // of the values have to be multiplied by `decay`.
@@ -202,7 +234,7 @@ void softmax_of(float* scores, float* maxima, float* sums, float* decay) {
   }
   for (int64_t t = 0; t < BLOCK; t += WIDTH) {
     DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
-      const Floats weight = exponential(load<Floats>(scores + row * BLOCK + t) - from[row]);
+      const Floats weight = exponential((load<Floats>(scores + row * BLOCK + t) - from[row]) * LOG2_E);
       totals[row] += weight;
       store(scores + row * BLOCK + t, weight);
     }
@@ -242,11 +274,14 @@ bool weigh_of(const float* scores, const uint16_t* gains, const uint8_t* epochs,
     weights.scale[row] = scale / steps;
   }
   if (!any) return false;
-  for (int64_t t = 0; t < tiles * TILE; t += WIDTH) {
+  for (int64_t t = 0; t < tiles * TILE; t += TILE) {
     DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
-      const Ints value = to_ints(load<Floats>(products + row * BLOCK + t) * inverse[row]);
-      totals[row] += (Words)value;
-      split_quads(value, weights.factor[row][0] + t / QUAD, weights.factor[row][1] + t / QUAD);
+      Ints value[TILE / WIDTH];
+      DECOQUANT_UNROLL for (int i = 0; i < TILE / WIDTH; ++i) {
+        value[i] = to_ints(load<Floats>(products + row * BLOCK + t + i * WIDTH) * inverse[row]);
+        totals[row] += (Words)value[i];
+      }
+      split_tile(value, weights.factor[row][0] + t / QUAD, weights.factor[row][1] + t / QUAD);
     }
   }
   DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) weights.shift[row] = sum(totals[row]) * 128;
@@ -279,6 +314,7 @@ void tiled_mix(const Table& table, const Planes& planes, int64_t padded_dim, con
   constexpr int64_t LOWER_CHUNK = LOADS * LOWER_ROWS<BITS> * 64, UPPER_CHUNK = LOADS * 64;
   const Book book(table);
   const int64_t chunks = padded_dim / LANES;
+  Ahead<BITS> ahead(planes, TILES * chunks * LOWER_CHUNK, TILES * chunks * UPPER_CHUNK);
   Operand decoded[SUM_TILES];
   const Operand* codes[SUM_TILES] = {};
   for (int64_t chunk = 0; chunk < chunks; chunk += SUM_TILES) {
@@ -288,7 +324,7 @@ void tiled_mix(const Table& table, const Planes& planes, int64_t padded_dim, con
       for (int sum = 0; sum < sums; ++sum) {
         const int64_t index = tile * chunks + chunk + sum;
         const uint8_t *lower = planes.lower + index * LOWER_CHUNK, *upper = planes.upper + index * UPPER_CHUNK;
-        codes[sum] = decode<BITS>(book, lower, upper, LOADS, TILES * chunks * LOWER_CHUNK, decoded[sum]);
+        codes[sum] = decode<BITS>(book, lower, upper, LOADS, ahead, decoded[sum]);
       }
       tile_load_factor<FACTOR_TILE>(weights.factor[0][0] + tile * CHUNK, BLOCK / QUAD);
       each_constant<SUM_TILES>([&](auto sum) {
@@ -323,6 +359,7 @@ void mix_of(const Table& table, const Planes& planes, int64_t padded_dim, const 
   constexpr int64_t LOWER_CHUNK = LOADS * LOWER_ROWS<BITS> * 64, UPPER_CHUNK = LOADS * 64;
   const Book book(table);
   const int64_t chunks = padded_dim / LANES;
+  Ahead<BITS> ahead(planes, TILES * chunks * LOWER_CHUNK, TILES * chunks * UPPER_CHUNK);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     DECOQUANT_UNROLL for (int half = 0; half < HALVES; ++half) {
       Accumulator sums[SETS][GROUP];
@@ -338,9 +375,7 @@ void mix_of(const Table& table, const Planes& planes, int64_t padded_dim, const 
               sums[quad % SETS][row].add(codes[quad], weights.factor[row][0] + token, weights.factor[row][1] + token);
             }
           }
-          DECOQUANT_UNROLL for (int line = 0; line < LOWER_ROWS<BITS>; ++line) {
-            __builtin_prefetch(lower + TILES * chunks * LOWER_CHUNK + 64 * line, 0, 2);
-          }
+          if (half == 0) ahead.load();
           lower += LOWER_ROWS<BITS> * 64;
           upper += 64;
         }

@@ -47,7 +47,6 @@ inline uint8_t* scratch_codes(const Layout& layout) {
   return memory.data();
 }
 
-DECOQUANT_INLINE Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
 DECOQUANT_INLINE Floats clamp(Floats x, float limit) {  // nan stays nan
 #if defined(__AVX512VNNI__)
   return (Floats)_mm512_max_ps(_mm512_set1_ps(-limit), _mm512_min_ps(_mm512_set1_ps(limit), (__m512)x));

@@ -51,6 +51,7 @@ DECOQUANT_INLINE void store(void* to, Vector vector) {
 DECOQUANT_INLINE Floats splat(float x) { return x - Floats{}; }
 DECOQUANT_INLINE Floats select(Ints mask, Floats yes, Floats no) { return mask ? yes : no; }
 DECOQUANT_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+DECOQUANT_INLINE Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
 
 // a * b + c, rounded once where the CPU can.
 DECOQUANT_INLINE Floats fused(Floats a, Floats b, Floats c) {
@@ -99,28 +100,25 @@ DECOQUANT_INLINE Ints to_ints(Floats x) {
 #endif
 }
 
-// e^x within 1e-5; 0 below -87, x at most 0; nan stays nan.
+// 2^x within 3e-6 of itself; 0 below -126, x at most 127; nan stays nan.
 DECOQUANT_INLINE Floats exponential(Floats x) {
 #if defined(__AVX512VNNI__)
-  const __m512 scaled = _mm512_mul_ps((__m512)x, _mm512_set1_ps(1.44269504f));
-  const Floats n = (Floats)_mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Floats r = fused(n, splat(-0.693147181f), x);
+  const Floats rest = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
-  const Floats clipped = select(x < -87.0f, splat(-87.0f), x);
-  const Ints n = to_ints(clipped * 1.44269504f);
-  const Floats r = fused(__builtin_convertvector(n, Floats), splat(-0.693147181f), clipped);
+  const Floats clipped = select(x < -126.0f, splat(-126.0f), x);
+  const Ints rounded = to_ints(clipped - 0.5f);
+  const Floats rest = clipped - __builtin_convertvector(rounded, Floats);
 #endif
-  Floats p = splat(8.3334519073e-3f);  // Cephes expf, a degree less
-  p = fused(p, r, splat(4.1665795894e-2f));
-  p = fused(p, r, splat(1.6666665459e-1f));
-  p = fused(p, r, splat(5.0000001201e-1f));
-  p = fused(p, r, splat(1.0f));
-  p = fused(p, r, splat(1.0f));
+  Floats p = splat(1.353417e-2f);  // 2^x for x from 0 to 1, of least relative error
+  p = fused(p, rest, splat(5.201147e-2f));
+  p = fused(p, rest, splat(2.4144275e-1f));
+  p = fused(p, rest, splat(6.9300384e-1f));
+  p = fused(p, rest, splat(1.00000259f));
 #if defined(__AVX512VNNI__)
-  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
-  return (Floats)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (Floats)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)x);
 #else
-  return select(x < -87.0f, Floats{}, p * (Floats)((n + 127) << 23));
+  return select(x < -126.0f, Floats{}, p * (Floats)((rounded + 127) << 23));
 #endif
 }
 
@@ -227,6 +225,25 @@ DECOQUANT_INLINE void split_quads(Ints value, int32_t* first, int32_t* second) {
   int32_t values[WIDTH];
   store(values, value);
   for (int quad = 0; quad < WIDTH / QUAD; ++quad) split_quad(values + quad * QUAD, first + quad, second + quad);
+#endif
+}
+
+// The same for the registers of a tile.
+DECOQUANT_INLINE void split_tile(const Ints (&value)[TILE / WIDTH], int32_t* first, int32_t* second) {
+#if defined(__AVX512VNNI__)
+  const __m512i a = _mm512_packs_epi32((__m512i)value[0], (__m512i)value[1]);
+  const __m512i b = _mm512_packs_epi32((__m512i)value[2], (__m512i)value[3]);
+  const __m512i low = _mm512_set1_epi16(127);
+  const __m512i high_limbs = _mm512_packs_epi16(_mm512_srai_epi16(a, 7), _mm512_srai_epi16(b, 7));
+  const __m512i low_limbs = _mm512_packs_epi16(_mm512_and_si512(a, low), _mm512_and_si512(b, low));
+  // Packing works within 128 bits: quad 4 * register + lane lies at 4 * lane + register.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(first, _mm512_permutexvar_epi32(order, high_limbs));
+  _mm512_storeu_si512(second, _mm512_permutexvar_epi32(order, low_limbs));
+#else
+  DECOQUANT_UNROLL for (int i = 0; i < TILE / WIDTH; ++i) {
+    split_quads(value[i], first + i * WIDTH / QUAD, second + i * WIDTH / QUAD);
+  }
 #endif
 }
 
