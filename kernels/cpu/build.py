@@ -56,8 +56,8 @@ _AVX512: Final = _AVX2.with_(
     frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi"}),
 )
 
-# Never -march=native: the cache may be shared by CPUs that differ. Those with AMX are Intel's; the order of instructions
-# that GCC takes for an unknown CPU costs a twentieth of the speed of attention there.
+# Never -march=native: the cache may be shared by CPUs that differ. Those with AMX are Intel's, where the order of
+# instructions that GCC takes for an unknown CPU costs a twentieth of the speed of attention.
 FLAGS: dict[Level, Target] = {
     "amx": _AVX512.with_(("-mamx-tile", "-mamx-int8", "-mtune=icelake-server"), frozenset({"amx_tile", "amx_int8"})),
     "avx512": _AVX512,

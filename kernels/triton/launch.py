@@ -37,6 +37,9 @@ _PRECISION: Final = {True: "tf32x3", False: "ieee"}
 
 _LOG2E: Final = math.log2(math.e)
 
+REGISTERS: Final = {True: {"maxnreg": 255}, False: {}}
+"""Option of a launch by `ptx`: left to itself ptxas may spill for the sake of one more program on a multiprocessor."""
+
 
 class _Side:
     """A state as kernels take it: offsets and sizes."""
@@ -154,9 +157,7 @@ def attend(
         warps = 2 if wide else 1
     else:
         warps = 8 if wide else 4
-    # Left to itself ptxas may spill for the sake of one more program on a multiprocessor. AMD's larger matrix
-    # instruction pads more rows, in registers.
-    limit = {"maxnreg": 255} if ptx else {"matrix_instr_nonkdim": 16}
+    limit = REGISTERS[ptx] or {"matrix_instr_nonkdim": 16}  # AMD's larger instruction pads more rows, in registers
     # Codes are copied one tile ahead, where that spills nothing: with more rows there are no registers to spare, and
     # AMD's copies pass through registers. Deeper buys nothing, as several programs share a multiprocessor.
     stages = 2 if ptx and coded and rows == 4 else 1
@@ -250,6 +251,6 @@ def dequantise(
         HAS_START=start is not None,
         D=s.dim, DP=s.padded, CHANNELS=s.channels, BITS=s.bits, STEPS=s.steps,
         SINKS=s.sink_count, WINDOW=s.window_size, KEY=form.role == "key", DTYPE=_DTYPES[form.dtype],
-        LIMIT=torch.finfo(form.dtype).max, PRECISION=_PRECISION[ptx], num_warps=8, num_stages=1,
+        LIMIT=torch.finfo(form.dtype).max, PRECISION=_PRECISION[ptx], num_warps=8, num_stages=1, **REGISTERS[ptx],
     )  # fmt: skip
     return out

@@ -14,7 +14,6 @@ Many tokens take eight, with a mask nine: the owner of each slot is a question o
 Launches follow each other on one stream: what one writes, the next reads.
 """
 
-from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -33,10 +32,8 @@ from decoquant_compile.kernels.triton.encode import (
     fit,
     weights_of,
 )
+from decoquant_compile.kernels.triton.launch import REGISTERS, Wrap
 from decoquant_compile.kernels.triton.layout import padded_slots, sections, write_codes
-
-Wrap = Callable[[Any], Any]
-"""Makes a kernel launchable: `torch.library.wrap_triton`, an interpreter, a build."""
 
 # Fields of a row of the plan, int64; the slots of pending copies and the flags of the tokens follow.
 (
@@ -1440,6 +1437,7 @@ def store(
     *,
     wrap: Wrap = torch.library.wrap_triton,
     blocks: Blocks = _BLOCKS,
+    ptx: bool = torch.version.hip is None,
 ) -> None:
     """`reference.store` for what `unserved` does not name; other arguments are as there.
 
@@ -1447,8 +1445,9 @@ def store(
     does, it is reported.
 
     Args:
-        wrap: see `Wrap`.
+        wrap: see `launch`.
         blocks: sizes of tiles.
+        ptx: compile for NVIDIA.
     """
     reference.check_write(new, positions, query, mask, rows, form)
     if shift < 0:
@@ -1523,13 +1522,13 @@ def store(
         *new.stride(), query_heads, *at_query, *at_mask, *at_row, SINKS=form.sinks, SIZE=size, MASKED=masked, ONE=one,
         N=1 if one else 256, BLOCK_HEADS=8, BLOCK_COPIES=blocks.copies,
         BLOCK_SINKS=triton.next_power_of_2(max(1, sinks)), BLOCK_SLOTS=blocks.slots, BLOCK_COLUMNS=256, num_warps=8,
-        **common,
+        **common, **REGISTERS[ptx],
     )  # fmt: skip
     if one:
         wrap(write_one)[batch, triton.cdiv(heads, blocks.heads)](
             state, plan, new, query, *sizes, shift, plan_b, *new.stride(), query_heads // heads, at_query[0],
             at_query[1], at_query[3], H=blocks.heads, BLOCK_SLOTS=blocks.slots, BLOCK_COPIES=blocks.copies, **coding,
-            **common, num_warps=2,
+            **common, num_warps=2, **REGISTERS[ptx],
         )  # fmt: skip
         return
     runs = triton.cdiv(tokens, blocks.summed * blocks.tiles)

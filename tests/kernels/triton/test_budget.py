@@ -13,10 +13,6 @@ from tests.kernels.triton.cases import BITS
 TILE = 64
 """Tokens of one turn of the loop over packed tokens."""
 
-FEW = 24
-"""Bytes that a thread may spill outside of the kernels that read the packed tokens in a step: ptxas saves registers for
-another program on a multiprocessor, which is worth more."""
-
 
 def decode_builds(target, bits, head_dim=128, groups=4, queries=1, only=None):
     """The kernels of a decoding step, and of a read."""
@@ -89,9 +85,7 @@ def test_eight_query_heads():
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 80])
 def test_everything_builds(target, bits, head_dim):
     for queries in (1, 16):
-        spilled = spilling(built(target, bits, head_dim, queries=queries))
-        assert spilled.keys() <= {"exact", "dequantise"}
-        assert max(spilled.values(), default=0) <= FEW
+        assert spilling(built(target, bits, head_dim, queries=queries)) == {}
 
 
 def test_bytes_per_token():

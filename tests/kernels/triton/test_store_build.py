@@ -29,7 +29,7 @@ def launches(target, role, bits, head_dim, tokens):
         names.append(kernel.fn.__name__)
         return build(kernel)
 
-    store.store(state, new, torch.arange(tokens), query, mask, slots, 1, 0, form, wrap=wrap)
+    store.store(state, new, torch.arange(tokens), query, mask, slots, 1, 0, form, wrap=wrap, ptx=target != "gfx942")
     return names, [statistics(kernel) for kernel in build.kernels]
 
 
@@ -69,9 +69,6 @@ def test_many_tokens(target):
 @pytest.mark.parametrize("bits", codec.CODED_BITS)
 @pytest.mark.parametrize("role", ["key", "value"])
 def test_everything_is_built(target, role, bits, head_dim):
-    """Writes of one token in 5 bits, which have two planes, and in 8 may spill a few registers."""
     for tokens in (1, 64):
         names, found = launches(target, role, bits, head_dim, tokens)
-        most = dict.fromkeys(ONE, 32) if bits in (5, 8) and tokens == 1 and target != "gfx942" else {}
-        spills = {name: kernel.spills for name, kernel in zip(names, found, strict=True)}
-        assert {name: count for name, count in spills.items() if count > most.get(name, 0)} == {}
+        assert {name: kernel.spills for name, kernel in zip(names, found, strict=True) if kernel.spills} == {}
