@@ -138,9 +138,12 @@ DECOQUANT_INLINE Floats from_half(const uint16_t* from) {
 #endif
 }
 DECOQUANT_INLINE Floats from_bfloat16(const uint16_t* from) {
+#if defined(__AVX512VNNI__)  // GCC 12 converts in two halves
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16);
+#else
   return (Floats)(__builtin_convertvector(load<Halfs>(from), Words) << 16);
+#endif
 }
-
 
 // Scalars, to nearest even.
 DECOQUANT_INLINE uint16_t to_bfloat16(float x) {
