@@ -300,10 +300,10 @@ class Task {
       const uint16_t* scales = at<uint16_t>(call_.key_state, key_.scales) + at_set;
       const auto limit = static_cast<float>(
           std::min<int64_t>(FACTOR_LIMIT, std::numeric_limits<int32_t>::max() / (128 * key_.padded_dim)));
-      scratch_.resize(whole_registers(key_.padded_dim));
+      scratch_.resize(key_.padded_dim);
       for (int i = 0; i < group_; ++i) {
         const float* query = queries_.data() + i * plan_.query_stride;
-        Floats mean{}, peaks = splat(std::numeric_limits<float>::min());
+        Floats mean{}, peaks = splat(LEAST_PEAK);
         each_register(BFLOAT16, scales, 1, key_.head_dim, [&](int64_t c, Floats scale) {
           store(scratch_.data() + c, load<Floats>(query + c) / scale);
         });

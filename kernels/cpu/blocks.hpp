@@ -15,13 +15,13 @@ struct Planes {
   const uint8_t* upper;  // the one-bit plane of 5 and 3 bits
 };
 
-// Prefetches what the next block will read, along memory whatever the order of the arithmetic: other orders are slower.
+// Prefetches the codes of the next block along memory, whatever the order of the arithmetic: other orders are slower.
 template <int BITS>
 class Ahead {
  public:
   Ahead(const Planes& planes, int64_t lower, int64_t upper) : lower_(planes.lower + lower), upper_(planes.upper + upper) {}
 
-  // As much as one `Codes::load` reads.
+  // A row of 64 bytes for each that `Codes::load` reads, of which a narrow register takes a part.
   DECOQUANT_INLINE void load() {
     DECOQUANT_UNROLL for (int line = 0; line < LOWER_ROWS<BITS>; ++line) __builtin_prefetch(lower_ + 64 * line, 0, 2);
     lower_ += 64 * LOWER_ROWS<BITS>;
@@ -88,7 +88,7 @@ DECOQUANT_INLINE void finish_scores(const uint16_t* gains, const Folded& query, 
 #if defined(__AMX_INT8__)
 
 // The codes of a chunk, or what of it there is (the factor is zero beyond), as a tile operand: decoded to `out`, or where
-// they lie if they are entries as they are.
+// they lie if they are entries as they are. As many are fetched ahead.
 template <int BITS>
 DECOQUANT_INLINE const Operand* decode(const Book& book, const uint8_t* lower, const uint8_t* upper, int64_t loads,
                                        Ahead<BITS>& ahead, Operand& out) {
@@ -196,14 +196,19 @@ struct Weights {
 };
 
 constexpr float LOG2_E = 1.44269504f;
+constexpr float LEAST_PEAK = 1e-30f;  // of numbers to be split: the reciprocal of its unit is finite
 
-// cap * tanh(score / cap), in place.
+// cap * tanh(score / cap), in place, with a relative error below 1e-5.
 inline void cap_scores(float* scores, int64_t count, float cap) {
   for (int64_t t = 0; t < count; t += WIDTH) {
-    const Floats score = load<Floats>(scores + t);
-    const Floats fading = exponential(magnitude(score) * (-2 * LOG2_E / cap));
-    const Floats capped = cap * (1.0f - fading) / (1.0f + fading);
-    store(scores + t, (Floats)((Words)capped | ((Words)score & 0x80000000u)));
+    const Floats score = load<Floats>(scores + t), x = score / cap, square = x * x;
+    const Floats fading = exp2(magnitude(x) * (-2 * LOG2_E));
+    const Floats large = (Floats)((Words)((1.0f - fading) / (1.0f + fading)) | ((Words)x & 0x80000000u));
+    Floats series = splat(-17.0f / 315);  // where the difference above cancels
+    series = fused(series, square, splat(2.0f / 15));
+    series = fused(series, square, splat(-1.0f / 3));
+    const Floats small = fused(series * square, x, x);
+    store(scores + t, cap * select(magnitude(x) < 0.25f, small, large));
   }
 }
 
@@ -234,7 +239,7 @@ void softmax_of(float* scores, float* maxima, float* sums, float* decay) {
   }
   for (int64_t t = 0; t < BLOCK; t += WIDTH) {
     DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
-      const Floats weight = exponential((load<Floats>(scores + row * BLOCK + t) - from[row]) * LOG2_E);
+      const Floats weight = exp2((load<Floats>(scores + row * BLOCK + t) - from[row]) * LOG2_E);
       totals[row] += weight;
       store(scores + row * BLOCK + t, weight);
     }
@@ -269,7 +274,7 @@ bool weigh_of(const float* scores, const uint16_t* gains, const uint8_t* epochs,
   DECOQUANT_UNROLL for (int row = 0; row < GROUP; ++row) {
     const float peak = largest(peaks[row]);
     any |= peak > 0;
-    const float scale = (peak > 1e-35f ? peak : 1e-35f) / FACTOR_LIMIT;
+    const float scale = (peak > LEAST_PEAK ? peak : LEAST_PEAK) / FACTOR_LIMIT;
     inverse[row] = splat(1 / scale);
     weights.scale[row] = scale / steps;
   }

@@ -20,7 +20,7 @@ DECOQUANT_INLINE Floats tail(const typename Type::type* from, int64_t count) {
   return Type::load(padded);
 }
 
-constexpr int64_t FETCHED = 16;  // tokens that are fetched ahead
+constexpr int64_t FETCHED = 16;  // tokens that are fetched ahead, and worked on at a time
 
 template <class Type>
 DECOQUANT_INLINE void fetch(const void* const* tokens, int64_t index, int64_t count, int64_t size) {
@@ -58,7 +58,7 @@ void exact_scores(const void* const* tokens, int64_t count, int64_t size, const 
 template <class Type, int GROUP>
 void exact_mix(const void* const* tokens, int64_t count, int64_t size, const float* weights, float* out,
                int64_t out_stride) {
-  for (int64_t begin = 0; begin < count; begin += FETCHED) {  // so few that they stay in the cache for all channels
+  for (int64_t begin = 0; begin < count; begin += FETCHED) {  // so few stay in the cache for all channels
     const int64_t end = std::min(count, begin + FETCHED);
     for (int64_t i = end; i < end + FETCHED; ++i) fetch<Type>(tokens, i, count, size);
     for (int64_t c = 0; c < size; c += WIDTH) {

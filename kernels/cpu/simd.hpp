@@ -100,8 +100,8 @@ DECOQUANT_INLINE Ints to_ints(Floats x) {
 #endif
 }
 
-// 2^x within 3e-6 of itself; 0 below -126, x at most 127; nan stays nan.
-DECOQUANT_INLINE Floats exponential(Floats x) {
+// 2^x with a relative error below 3e-6; 0 below -126, x at most 127; nan stays nan.
+DECOQUANT_INLINE Floats exp2(Floats x) {
 #if defined(__AVX512VNNI__)
   const Floats rest = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
@@ -203,31 +203,22 @@ constexpr int32_t FACTOR_LIMIT = 127 * 128 - 1;
 constexpr int32_t FACTOR_LIMIT = 32767;
 #endif
 
-DECOQUANT_INLINE void split_quad(const int32_t* value, int32_t* first, int32_t* second) {
-  uint32_t a = 0, b = 0;
-#if defined(__AVX512VNNI__)
-  for (int j = 0; j < QUAD; ++j) {
-    const int32_t high = value[j] >> 7;
-    a |= static_cast<uint32_t>(static_cast<uint8_t>(high)) << (8 * j);
-    b |= static_cast<uint32_t>(static_cast<uint8_t>(value[j] - 128 * high)) << (8 * j);
-  }
-#else
-  a = static_cast<uint16_t>(value[0]) | (static_cast<uint32_t>(static_cast<uint16_t>(value[2])) << 16);
-  b = static_cast<uint16_t>(value[1]) | (static_cast<uint32_t>(static_cast<uint16_t>(value[3])) << 16);
-#endif
-  *first = static_cast<int32_t>(a);
-  *second = static_cast<int32_t>(b);
-}
-
-// `split_quad` for the quads of a register.
+// The words of the quads of a register, values within FACTOR_LIMIT.
 DECOQUANT_INLINE void split_quads(Ints value, int32_t* first, int32_t* second) {
 #if defined(__AVX512VNNI__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm512_cvtepi32_epi8((__m512i)(value >> 7)));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm512_cvtepi32_epi8((__m512i)(value & 127)));
 #else
+  const auto pair = [](int32_t low, int32_t high) {
+    return static_cast<int32_t>(static_cast<uint16_t>(low) | static_cast<uint32_t>(static_cast<uint16_t>(high)) << 16);
+  };
   int32_t values[WIDTH];
   store(values, value);
-  for (int quad = 0; quad < WIDTH / QUAD; ++quad) split_quad(values + quad * QUAD, first + quad, second + quad);
+  for (int quad = 0; quad < WIDTH / QUAD; ++quad) {
+    const int32_t* of = values + quad * QUAD;
+    first[quad] = pair(of[0], of[2]);
+    second[quad] = pair(of[1], of[3]);
+  }
 #endif
 }
 

@@ -38,7 +38,8 @@ _PRECISION: Final = {True: "tf32x3", False: "ieee"}
 _LOG2E: Final = math.log2(math.e)
 
 REGISTERS: Final = {True: {"maxnreg": 255}, False: {}}
-"""Option of a launch by `ptx`: left to itself ptxas may spill for the sake of one more program on a multiprocessor."""
+"""Options by `ptx`: left to itself ptxas may spill for the sake of one more program on a multiprocessor. Launches that
+Inductor places lose this option (torch 2.13)."""
 
 
 class _Side:
@@ -117,7 +118,7 @@ def attend(
         sink: float32 ``[query heads]``: a logit per head that joins the softmax and has no value.
         sequences: of the caches; None: as many as attend.
         wrap: see the module.
-        ptx: use inline assembly for NVIDIA.
+        ptx: for NVIDIA, with inline assembly and all registers that a thread can have.
     """
     slots, first, length = int(slots), int(first), int(length)
     batch, heads, tokens = (int(size) for size in key.shape[:3])
@@ -157,7 +158,8 @@ def attend(
         warps = 2 if wide else 1
     else:
         warps = 8 if wide else 4
-    limit = REGISTERS[ptx] or {"matrix_instr_nonkdim": 16}  # AMD's larger instruction pads more rows, in registers
+    # AMD's larger matrix instruction pads more rows, in registers.
+    limit = REGISTERS[ptx] if ptx else {"matrix_instr_nonkdim": 16}
     # Codes are copied one tile ahead, where that spills nothing: with more rows there are no registers to spare, and
     # AMD's copies pass through registers. Deeper buys nothing, as several programs share a multiprocessor.
     stages = 2 if ptx and coded and rows == 4 else 1

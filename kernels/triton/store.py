@@ -1447,7 +1447,7 @@ def store(
     Args:
         wrap: see `launch`.
         blocks: sizes of tiles.
-        ptx: compile for NVIDIA.
+        ptx: for NVIDIA, with all registers that a thread can have.
     """
     reference.check_write(new, positions, query, mask, rows, form)
     if shift < 0:
@@ -1545,7 +1545,7 @@ def store(
     taken = blocks.tokens if run == 1 and head_dim <= 128 else max(1, blocks.tokens // 2)
     wrap(write_tokens)[batch, heads, triton.cdiv(window + sinks + tokens, taken)](
         state, plan, new, *sizes, tokens, plan_b, *new.stride(), H=1, T=taken, **coding, **common,
-        num_warps=1 if head_dim <= 128 else 2,
+        num_warps=1 if head_dim <= 128 else 2, **REGISTERS[ptx],
     )  # fmt: skip
     wrap(copy_tokens)[batch, heads](
         state, plan, new, owners, *sizes, plan_b, owners_b, *new.stride(), SIZE=size, N=16, **common

@@ -186,7 +186,7 @@ def attention(random: Random) -> Attention:
         positions=positions,
         mask=mask_of(source, batch, heads * groups, queries, length, source.choice((of_query, of_query, *DTYPES))),
         scale=source.choice((None, None, 0.3 / head_dim**0.5)),
-        softcap=source.choice((None, None, None, 20.0)),
+        softcap=source.choice((None, None, 1e4, 20.0)),
         first=source.choice((0, 0, 0, -3, 5)),
         length=length,
         sink=source.choice((None, None, source.normal(heads * groups) * 3)),

@@ -1,4 +1,4 @@
-"""Builds for GPUs that need not be there: nothing spills, loops stay within a budget of instructions."""
+"""Builds for GPUs that need not be there: a decode step spills nothing, loops stay within a budget of instructions."""
 
 import functools
 
@@ -85,10 +85,10 @@ def test_eight_query_heads():
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 80])
 def test_everything_builds(target, bits, head_dim):
     assert spilling(built(target, bits, head_dim)) == {}
-    # Sixteen queries fill the registers that are there: a few words of what attends to exact tokens may spill.
+    # Sixteen queries fill the registers of NVIDIA: a few words of what attends to exact tokens may spill.
     spilled = spilling(built(target, bits, head_dim, queries=16))
-    assert spilled.keys() <= {"exact"}
-    assert max(spilled.values(), default=0) <= 24
+    assert spilled.keys() <= (set() if target == "gfx942" else {"exact"})
+    assert max(spilled.values(), default=0) <= 24  # bytes of a thread
 
 
 def test_bytes_per_token():

@@ -69,10 +69,9 @@ def test_many_tokens(target):
 @pytest.mark.parametrize("bits", codec.CODED_BITS)
 @pytest.mark.parametrize("role", ["key", "value"])
 def test_everything_is_built(target, role, bits, head_dim):
-    """A token of 256 channels in two planes fills the registers: a few words of it may spill."""
+    """A single token of 256 channels fills the registers of NVIDIA: some of it may spill."""
     for tokens in (1, 64):
         names, found = launches(target, role, bits, head_dim, tokens)
-        full = tokens == 1 and bits in (5, 3) and head_dim == 256 and target != "gfx942"
-        most = {"write_one": 32} if full else {}
+        most = {"write_one": 80} if head_dim == 256 and target != "gfx942" else {}  # bytes of a thread
         spills = {name: kernel.spills for name, kernel in zip(names, found, strict=True)}
         assert {name: count for name, count in spills.items() if count > most.get(name, 0)} == {}
