@@ -198,7 +198,7 @@ struct Weights {
 constexpr float LOG2_E = 1.44269504f;
 constexpr float LEAST_PEAK = 1e-30f;  // of numbers to be split: the reciprocal of its unit is finite
 
-// cap * tanh(score / cap), in place, with a relative error below 1e-5.
+// cap * tanh(score / cap), in place, with a relative error below 2e-6.
 inline void cap_scores(float* scores, int64_t count, float cap) {
   for (int64_t t = 0; t < count; t += WIDTH) {
     const Floats score = load<Floats>(scores + t), x = score / cap, square = x * x;
