@@ -353,32 +353,34 @@ class Task {
     }
   }
 
-  Planes planes(const Layout& layout, const void* state, int64_t slot) const {
-    const auto at_slot = [&](int p) -> const uint8_t* {
+  // What is stored of the head from a slot on; gains and epochs of the next block are fetched, its codes later.
+  struct Packed {
+    const uint16_t* gains;
+    const uint8_t* epochs;
+    Planes planes;
+  };
+
+  Packed packed(const Layout& layout, const void* state, int64_t slot) const {
+    constexpr int LINE = 64;
+    const auto plane = [&](int p) -> const uint8_t* {
       if (p >= layout.planes) return nullptr;
       return plane_of(layout, state, p, row_, head_) + slot * layout.padded_dim * layout.widths[p] / 8;
     };
-    return {at_slot(0), at_slot(1)};
-  }
-
-  // Prefetches what goes with the codes of the next block.
-  static void prefetch_block(const uint16_t* gains, const uint8_t* epochs) {
-    constexpr int LINE = 64;
+    const int64_t head = row_ * layout.heads + head_;
+    const auto* gains = at<uint16_t>(state, layout.gains) + head * layout.capacity + slot;
+    const auto* epochs = at<uint8_t>(state, layout.epochs) + row_ * layout.capacity + slot;
     for (int i = 0; i < BLOCK; i += LINE / 2) __builtin_prefetch(gains + BLOCK + i, 0, 2);
     for (int i = 0; i < BLOCK; i += LINE) __builtin_prefetch(epochs + BLOCK + i, 0, 2);
+    return {gains, epochs, {plane(0), plane(1)}};
   }
 
   void packed_scores(const Span& span) {
-    const int64_t head = row_ * key_.heads + head_;
-    const uint16_t* gains = at<uint16_t>(call_.key_state, key_.gains) + head * key_.capacity + span.slot;
-    const uint8_t* epochs = at<uint8_t>(call_.key_state, key_.epochs) + row_ * key_.capacity + span.slot;
-    prefetch_block(gains, epochs);
+    const Packed from = packed(key_, call_.key_state, span.slot);
     const int64_t first = span.begin / LANES, last = (span.end + LANES - 1) / LANES;
-    const Planes from = planes(key_, call_.key_state, span.slot);
     bool any = false;
-    for_each_set(epochs, span.begin, span.end, [&](int64_t set, const uint8_t* only) {
+    for_each_set(from.epochs, span.begin, span.end, [&](int64_t set, const uint8_t* only) {
       float* to = only ? other_ : scores_;
-      plan_.kernels.scores(plan_.key_table, from, key_.padded_dim, gains, fold(set), first, last, to);
+      plan_.kernels.scores(plan_.key_table, from.planes, key_.padded_dim, from.gains, fold(set), first, last, to);
       if (only) {
         if (!any) std::fill(scores_, scores_ + group_ * BLOCK, 0.0f);
         for (int i = 0; i < group_; ++i) {
@@ -549,20 +551,16 @@ class Task {
   }
 
   void packed_mix(const Span& span) {
-    const int64_t head = row_ * value_.heads + head_;
-    const uint16_t* gains = at<uint16_t>(call_.value_state, value_.gains) + head * value_.capacity + span.slot;
-    const uint8_t* epochs = at<uint8_t>(call_.value_state, value_.epochs) + row_ * value_.capacity + span.slot;
-    prefetch_block(gains, epochs);
+    const Packed from = packed(value_, call_.value_state, span.slot);
     const int64_t tiles = (span.end + TILE - 1) / TILE;
-    const Planes from = planes(value_, call_.value_state, span.slot);
-    for_each_set(epochs, span.begin, span.end, [&](int64_t set, const uint8_t* only) {
+    for_each_set(from.epochs, span.begin, span.end, [&](int64_t set, const uint8_t* only) {
       const auto steps = static_cast<float>(value_.steps);
-      if (!plan_.kernels.weigh(scores_, gains, only, set, tiles, steps, other_, weights_)) return;
+      if (!plan_.kernels.weigh(scores_, from.gains, only, set, tiles, steps, other_, weights_)) return;
       if (set != set_) {
         flush();
         set_ = set;
       }
-      plan_.kernels.mix(plan_.value_table, from, value_.padded_dim, weights_, tiles, decay_, rotated_.data());
+      plan_.kernels.mix(plan_.value_table, from.planes, value_.padded_dim, weights_, tiles, decay_, rotated_.data());
       std::fill(decay_, decay_ + group_, 1.0f);
     });
   }
