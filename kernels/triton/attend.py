@@ -246,7 +246,8 @@ def _turn_back(sums, j, c, out, D: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _scale(VALUES, v_scales, number, c, head, heads, sets, D: tl.constexpr):
-    at = ((head // heads * sets + number) * heads + head % heads) * D + c
+    # In these terms no remainder is needed: ptxas would keep its parts, 64 bits each, through all loops
+    at = (head + (head.to(tl.int32) // heads * (sets - 1) + number) * heads) * D + c
     scale = tl.load((VALUES + v_scales).to(tl.pointer_type(tl.bfloat16)) + at, mask=c < D, other=1.0)
     return scale.to(tl.float32)
 
@@ -883,7 +884,6 @@ def combine(
     r = tl.arange(0, ROWS)
     row = group * ROWS + r
     query = row // groups
-    q_head = head % heads * groups + row % groups
     real = query < queries
     at = (head * tl.num_programs(1) + group) * parts
     part = tl.arange(0, PARTS)
@@ -893,7 +893,7 @@ def combine(
     sets = tl.load(SETS + at + part, mask=there, other=-1)
     peak = tl.max(peaks, 0)
     if HAS_SINK:
-        sink = tl.load(SINK + q_head, mask=real, other=0.0) * (1.0 if NATURAL else _LOG2E)
+        sink = tl.load(SINK + head % heads * groups + row % groups, mask=real, other=0.0) * (1.0 if NATURAL else _LOG2E)
         peak = tl.maximum(peak, sink)
     safe = _finite_peak(peak)
     total = tl.sum(sums * _exp(peaks - safe[None, :], NATURAL), 0)
@@ -937,7 +937,7 @@ def combine(
             out += turned / _scale(VALUES, v_scales, number, c, head, heads, v_sets, VD)[:, None]
             number = tl.min(tl.where(sets > number, sets, 2147483647), 0)
     out = tl.where((total == 0)[None, :], 0.0, out / total[None, :])
-    to = ((head // heads * (heads * groups) + q_head) * queries + query) * VD
+    to = ((head * groups + row % groups) * queries + query) * VD
     tl.store(OUT + to[None, :] + c[:, None], out, mask=real[None, :] & (c < VD)[:, None])
 
 

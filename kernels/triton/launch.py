@@ -41,6 +41,9 @@ REGISTERS: Final = {True: {"maxnreg": 255}, False: {}}
 """Options by `ptx`: left to itself ptxas may spill for the sake of one more program on a multiprocessor. Launches that
 Inductor places lose this option (torch 2.13)."""
 
+HALF: Final = {True: {"maxnreg": 128}, False: {}}
+"""Likewise for kernels of eight warps that need no more, so that two of their programs fit."""
+
 
 class _Side:
     """A state as kernels take it: offsets and sizes."""
@@ -164,6 +167,10 @@ def attend(
     # AMD's copies pass through registers. Deeper buys nothing, as several programs share a multiprocessor.
     stages = 2 if ptx and coded and rows == 4 else 1
     capped = 0.0 if softcap is None else softcap
+    # The cosines of a head size that is no power of two take registers: twice the warps have half as many each.
+    folding = {"num_warps": 4}
+    if k.dim & (k.dim - 1):
+        folding = {"num_warps": 8, **(HALF[ptx] if wide else {})}
 
     tags = _scratch(query, batch, length, dtype=torch.int16)
     columns = _scratch(query, max(1, tokens), dtype=torch.int32)
@@ -188,7 +195,7 @@ def attend(
             query, key_state, folded, factors,
             heads, queries, groups, *query_strides, k.means, k.scales, k.sets, folded_scale,
             D=k.dim, PLACES=k.places, WIDTH=k.width, ROWS=rows, STEPS=k.steps, BLOCK=16,
-            PRECISION=precision, num_warps=4,
+            PRECISION=precision, **folding,
         )  # fmt: skip
     wrap(kernels.split)[(shares, batch * heads, row_groups)](
         query, key_state, value_state, masking, tags, folded, factors, part, peaks, sums, sets,
@@ -223,7 +230,7 @@ def attend(
         heads, queries, groups, parts, v.scales, v.sets,
         VD=v.dim, VP=v.padded, CODED=v.coded, ROWS=rows, PARTS=triton.next_power_of_2(parts),
         HAS_SINK=sink is not None, NATURAL=natural, BLOCK=channels, PRECISION=precision,
-        num_warps=8, num_stages=1,
+        num_warps=8, num_stages=1, **(HALF[ptx] if v.coded else {}),
     )  # fmt: skip
     return out
 
