@@ -52,6 +52,8 @@ _POSITIVE_ENTRIES: Final = {
 _STEPS: Final = {2: 79.453, 3: 52.946, 4: 38.146, 5: 29.698, 8: 32.0}
 # Shaping adds the errors of other channels to a channel before it is rounded: the codebook is spread as much.
 _SPREAD: Final = {2: 1.16, 3: 1.08, 4: 1.03, 5: 1.01, 8: 1.0}
+_DETOUR: Final = 0.12  # of the spread: how far the radii tried lie from it at most
+_TRIED: Final = 8
 _PLANES: Final = {8: (8,), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
 
 CODED_BITS: Final = tuple(_PLANES)
@@ -71,9 +73,11 @@ def steps(bits: int) -> float:
     return _STEPS[bits]
 
 
-def spread(bits: int) -> float:
-    """Radius per root mean square of a token, or at 8 bits per largest magnitude."""
-    return _SPREAD[bits]
+def radii(bits: int) -> tuple[float, ...]:
+    """Radii at which a token is encoded, per root mean square of the token, or at 8 bits per largest magnitude."""
+    if bits == 8:
+        return (_SPREAD[8],)
+    return tuple(_SPREAD[bits] * (1 + _DETOUR * (2 * i / (_TRIED - 1) - 1)) for i in range(_TRIED))
 
 
 def planes(bits: int) -> tuple[int, ...]:
@@ -108,6 +112,11 @@ def thresholds(bits: int, device: torch.device) -> Tensor:
     """Where the nearest codebook entry changes, in units of the radius: float32 ``[2 ** bits - 1]``, ascending."""
     book = _codebook(bits, device)
     return (book[1:] + book[:-1]) / 2
+
+
+@_table
+def _radii(bits: int, device: torch.device) -> Tensor:
+    return torch.tensor(radii(bits), dtype=torch.float32, device=device)
 
 
 def lookup(codes: Tensor, bits: int) -> Tensor:
@@ -263,51 +272,53 @@ def _nearest(y: Tensor, radius: Tensor, bits: int) -> Tensor:
     return torch.bucketize((y / radius).contiguous(), thresholds(bits, y.device), out_int32=True).to(torch.uint8)
 
 
-def _shape(y: Tensor, price: Tensor, radius: Tensor, bits: int, smallest: int) -> Tensor:
-    """Codes whose error is small in the metric ``M = R^T diag(price) R``: successive cancellation.
+def _shape(x: Tensor, price: Tensor, radius: Tensor, bits: int, smallest: int) -> tuple[Tensor, Tensor]:
+    """Codes whose error is small in the metric of `price`: successive cancellation, as decoders of polar codes do it.
 
-    ``M`` is a 2 x 2 block matrix ``[[A, B], [B, A]]`` whose blocks are metrics of the same kind, of half the size, with
-    the prices ``(p + q) / 2`` and ``(p - q) / 2``, where ``p`` and ``q`` are the halves of `price`: all of them are
-    diagonal under one transform. So the first half is rounded in the metric that is left when the second half does its
-    best, ``A - B A^-1 B`` (prices: the harmonic mean of p and q), its error ``e`` moves the second half's targets by
-    ``A^-1 B e``, and the second half is rounded in the metric ``A``. Without rounding to leaves this is the exact
-    ``L D L^T`` decomposition of M, at the price of Hadamard transforms.
+    What is rounded is ``y = (H kron Q^T) x``, with ``H`` not normalised. Its halves are the transforms of the sum and
+    of the difference of the halves of `x`, whose prices are ``p`` and ``q``. The sum is rounded first, at what an error
+    in it costs when the difference does its best: the harmonic mean of p and q. An error of the sum moves the best
+    place of the difference by ``(p - q) / (p + q)`` times as much; there the difference is rounded, at the price
+    ``(p + q) / 2``. Without rounding to leaves this is the exact ``L D L^T`` decomposition of M.
 
     Args:
-        y: ``[..., order, run]``, rotated tokens: `order` a power of two, `run` the odd rest of the head size.
-        price: broadcastable to `y`, positive.
-        radius: ``[..., 1, 1]``.
+        x: ``[..., order, run]``, tokens as `rotate` transforms them, signs included: `order` is a power of two, `run`
+            the odd rest of the head size.
+        price: ``[..., order, run]``, positive.
+        radius: ``[..., 1, 1]``, of ``y``; all three broadcast.
         bits: width of a code.
         smallest: see `leaf`.
 
     Returns:
-        uint8, of the shape of `y`.
+        Codes of y, uint8 ``[..., order, run]``, and the x that they stand for.
     """
-    order, run = y.shape[-2:]
+    order, run = x.shape[-2:]
     if order == 1 or order * run <= smallest:
-        return _nearest(y, radius, bits)
+        matrix = cosines(run, x.device)
+        codes = _nearest(_butterflies(x, order) @ matrix if run > 1 else _butterflies(x, order), radius, bits)
+        y = lookup(codes, bits) * radius
+        return codes, _butterflies(y @ matrix.T if run > 1 else y, order) / order
     half = order // 2
-    p, q = price[..., :half, :], price[..., half:, :]
+    a, b, p, q = x[..., :half, :], x[..., half:, :], price[..., :half, :], price[..., half:, :]
     total = p + q
-    first = _shape(y[..., :half, :], 2 * p * q / total, radius, bits, smallest)
-    error = _butterflies(y[..., :half, :] - lookup(first, bits) * radius, half)
-    passed = (p - q) / total / half
-    if run > 1:
-        matrix = cosines(run, y.device)
-        error = (error @ matrix.T * passed) @ matrix
-    else:
-        error = error * passed
-    second = _shape(y[..., half:, :] + _butterflies(error, half), total / 2, radius, bits, smallest)
-    return torch.cat((first, second), -2)
+    wanted = a + b
+    codes_of_sum, reached = _shape(wanted, 2 * p * q / total, radius, bits, smallest)
+    moved = a - b + (wanted - reached) * ((p - q) / total)
+    codes_of_difference, difference = _shape(moved, total / 2, radius, bits, smallest)
+    x = torch.cat((reached + difference, reached - difference), -2) / 2
+    return torch.cat((codes_of_sum, codes_of_difference), -2), x
 
 
 def encode(x: Tensor, parameters: Parameters, weight: Tensor | None, *, role: Role, bits: int) -> tuple[Tensor, Tensor]:
     """Quantises tokens.
 
-    Gains are chosen in the metric of `cost`, where ``<a, b> = sum_j cost_j a_j b_j`` before the rotation: that of keys
-    keeps the inner product unbiased, ``gain = <y, y> / <y, u>``, that of values keeps the norm, ``gain = |y| / |u|``.
-    Entries that point elsewhere (more than 45 degrees off, a token unlike all that was fitted) get the gain of least
-    error: no token is ever wrong by more than its own distance from the mean, in that metric.
+    A token is encoded at each of the `radii`, and the codes of least error at theirs are kept: shaping is greedy, and
+    each radius sends it another way (a fifth less squared error; issue 5).
+
+    Errors and gains are in the metric of `cost`, where ``<a, b> = sum_j cost_j a_j b_j`` before the rotation. The gain
+    of keys keeps the inner product unbiased, ``gain = <y, y> / <y, u>``, that of values keeps the norm, ``gain = |y| /
+    |u|``. Entries that point elsewhere (more than 45 degrees off, a token unlike all that was fitted) get the gain of
+    least error: no token is ever wrong by more than its own distance from the mean, in that metric.
 
     Args:
         x: float32 ``[..., head_dim]``, without nan; magnitudes above `LIMIT` saturate.
@@ -324,22 +335,25 @@ def encode(x: Tensor, parameters: Parameters, weight: Tensor | None, *, role: Ro
     order = head_dim & -head_dim
     tiny = torch.finfo(torch.float32).tiny
     balanced = ((x.clamp(-LIMIT, LIMIT) - mean) * scale).clamp(-COORDINATE_LIMIT, COORDINATE_LIMIT)
-    y = rotate(balanced)
     # At 8 bits a grid up to the largest magnitude: half the error of a fixed clip, and an outlier is never cut off.
-    size = y.abs().amax(-1) * (steps(8) / 127) if bits == 8 else (y.square().sum(-1) / head_dim).sqrt()
-    radius = (size * spread(bits)).clamp_min(tiny)[..., None]
-    price = cost(scale, weight)
-    split = (order, head_dim // order)
-    shaped = _shape(y.unflatten(-1, split), price.unflatten(-1, split), radius[..., None], bits, leaf(head_dim))
-    codes = shaped.flatten(-2)
-    entry = unrotate(lookup(codes, bits))
-    priced = balanced * price
-    power = (balanced * priced).sum(-1)
-    inner = (entry * priced).sum(-1)
-    norm = (entry.square() * price).sum(-1)
-    near = inner * inner >= LEAST_COSINE**2 * power * norm
-    wanted = power / inner.clamp_min(tiny) if role == "key" else (power / norm.clamp_min(tiny)).sqrt()
-    gain = torch.where(near, wanted, inner / norm.clamp_min(tiny))
+    size = rotate(balanced).abs().amax(-1) * (steps(8) / 127) if bits == 8 else balanced.square().mean(-1).sqrt()
+    # From here on [..., radii, order, run].
+    radius = (size[..., None] * _radii(bits, x.device)).clamp_min(tiny)[..., None, None]
+    wanted = (balanced * signs(head_dim, x.device))[..., None, :].unflatten(-1, (order, -1))
+    price = cost(scale, weight)[..., None, :].unflatten(-1, (order, -1))
+    codes, reached = _shape(wanted, price, radius * order**0.5, bits, leaf(head_dim))
+    left = wanted - reached
+    error, cross, norm = (
+        ((a * b) * price).sum((-2, -1)) for a, b in ((left, left), (left, reached), (reached, reached))
+    )
+    best = error.argmin(-1, keepdim=True)
+    codes = codes.flatten(-2).take_along_dim(best[..., None], -2).squeeze(-2)
+    cross, norm, radius = (each.take_along_dim(best, -1).squeeze(-1) for each in (cross, norm, radius[..., 0, 0]))
+    power = (wanted * wanted * price).sum((-3, -2, -1))
+    inner = cross + norm
+    closest = inner / norm.clamp_min(tiny)
+    unbiased = power / inner.clamp_min(tiny) if role == "key" else (power / norm.clamp_min(tiny)).sqrt()
+    gain = torch.where(inner * closest >= LEAST_COSINE**2 * power, unbiased, closest) * radius
     return codes, torch.where(inner > 0, gain, 0.0).clamp_max(GAIN_MAX).half()
 
 

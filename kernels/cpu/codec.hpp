@@ -1,4 +1,4 @@
-// The codec of kernels/codec.py, one token of one head at a time: fit, encode, decode, and codes in planes.
+// The codec of kernels/codec.py, one token of one head at a time: fit, decode, and codes in planes.
 #pragma once
 
 #include <algorithm>
@@ -39,10 +39,10 @@ inline float* scratch_rows(int64_t count, int64_t size) {
   return memory.data();
 }
 
-// The same for `padded_dim` codes and a register more.
-inline uint8_t* scratch_codes(const Layout& layout) {
+// The same for the codes of `count` tokens and a register more.
+inline uint8_t* scratch_codes(const Layout& layout, int64_t count) {
   static thread_local std::vector<uint8_t> memory;
-  const auto needed = static_cast<size_t>(layout.padded_dim + WIDTH);
+  const auto needed = static_cast<size_t>(count * layout.padded_dim + WIDTH);
   if (memory.size() < needed) memory.resize(needed);
   return memory.data();
 }
@@ -109,81 +109,111 @@ inline void make_finite(int64_t dtype, int64_t size, float* x) {
 struct Codebook {
   // Entries and thresholds in units of the radius; 8 bits need neither.
   alignas(64) float entries[32];
-  alignas(64) float thresholds[32];
+  // [step]: where codes divide that agree in all but the last bits, twice `2 ** step` of them, by half of the first.
+  alignas(64) float thresholds[5][16];
+  float positive[16];  // thresholds above zero, ascending
 
-  explicit Codebook(const Layout& layout) {
-    for (int i = 0; i < 32; ++i) entries[i] = thresholds[i] = 0;
+  explicit Codebook(const Layout& layout) : entries{}, thresholds{}, positive{} {
     if (layout.bits >= 8) return;
     const int count = 1 << layout.bits;
     const auto steps = static_cast<float>(layout.steps);
     for (int i = 0; i < count; ++i) entries[i] = static_cast<float>(layout.entries[i]) / steps;
-    for (int i = 0; i < count - 1; ++i) thresholds[i] = layout.thresholds[i];
+    for (int step = 0; step < layout.bits; ++step) {
+      for (int i = 0; i < count; i += 2 << step) thresholds[step][i / 2] = layout.thresholds[i + (1 << step) - 1];
+    }
+    for (int i = count / 2; i < count - 1; ++i) positive[i - count / 2] = layout.thresholds[i];
   }
 };
 
-// table[index] for indices below 2 ** BITS.
-template <int BITS>
-DECOQUANT_INLINE Floats take(const float* table, Ints index) {
+// A table of COUNT numbers in registers.
+template <int COUNT>
+struct Lookup {
+  static constexpr int PARTS = (COUNT + WIDTH - 1) / WIDTH;
+  Floats part[PARTS];
+
+  explicit Lookup(const float* table) {
+    DECOQUANT_UNROLL for (int i = 0; i < PARTS; ++i) part[i] = load<Floats>(table + i * WIDTH);
+  }
+
+  DECOQUANT_INLINE Floats at(Ints index) const {
 #if defined(__AVX512VNNI__)
-  const __m512 low = _mm512_load_ps(table);
-  if constexpr (BITS <= 4) return (Floats)_mm512_permutexvar_ps((__m512i)index, low);
-  return (Floats)_mm512_permutex2var_ps(low, (__m512i)index, _mm512_load_ps(table + 16));
+    if constexpr (PARTS == 1) return (Floats)_mm512_permutexvar_ps((__m512i)index, (__m512)part[0]);
+    return (Floats)_mm512_permutex2var_ps((__m512)part[0], (__m512i)index, (__m512)part[PARTS - 1]);
 #elif defined(__AVX2__)
-  return (Floats)_mm256_i32gather_ps(table, (__m256i)index, 4);
-#else
-  Floats found;
-  for (int i = 0; i < WIDTH; ++i) found[i] = table[index[i]];
-  return found;
-#endif
-}
-
-template <int BITS>
-DECOQUANT_INLINE Floats entry_of(const Codebook& book, Ints code) {
-  if constexpr (BITS == 8) return __builtin_convertvector(code - 128, Floats) * 0.03125f;
-  return take<BITS>(book.entries, code);
-}
-
-// The thresholds of one token, in its own units.
-//
-// The oracle divides by the radius instead of multiplying with it: a coordinate on a threshold may fall to the other
-// side by rounding.
-template <int BITS>
-struct Thresholds {
-  static constexpr int COUNT = (1 << BITS) - 1;
-  alignas(64) float scaled[COUNT / LANES * LANES + LANES];
-
-  Thresholds(const Codebook& book, float radius) {
-    DECOQUANT_UNROLL for (int i = 0; i < COUNT; i += WIDTH) {
-      store(scaled + i, load<Floats>(book.thresholds + i) * radius);
+    Floats found = (Floats)_mm256_permutevar8x32_ps((__m256)part[0], (__m256i)index);
+    DECOQUANT_UNROLL for (int i = 1; i < PARTS; ++i) {
+      found = select(index >= i * WIDTH, (Floats)_mm256_permutevar8x32_ps((__m256)part[i], (__m256i)index), found);
     }
+    return found;
+#else
+    Floats found;
+    DECOQUANT_UNROLL for (int i = 0; i < WIDTH; ++i) found[i] = part[index[i] / WIDTH][index[i] % WIDTH];
+    return found;
+#endif
   }
+};
 
-  // How many of them are below y.
-  DECOQUANT_INLINE Ints below(Floats y) const {
-    Ints code{};
+// code + step where y > threshold, else code.
+DECOQUANT_INLINE Ints add_where(Floats y, Floats threshold, Ints code, int32_t step) {
 #if defined(__AVX512VNNI__)
-    DECOQUANT_UNROLL for (int step = 1 << (BITS - 1); step > 0; step /= 2) {  // binary search
-      const Floats threshold = take<BITS>(scaled, code + (step - 1));
-      const __mmask16 above = _mm512_cmp_ps_mask((__m512)y, (__m512)threshold, _CMP_GT_OQ);
-      code = (Ints)_mm512_mask_add_epi32((__m512i)code, above, (__m512i)code, _mm512_set1_epi32(step));
-    }
+  const __mmask16 above = _mm512_cmp_ps_mask((__m512)y, (__m512)threshold, _CMP_GT_OQ);
+  return (Ints)_mm512_mask_add_epi32((__m512i)code, above, (__m512i)code, _mm512_set1_epi32(step));
 #else
-    DECOQUANT_UNROLL for (int i = 0; i < COUNT; ++i) code -= (Ints)(y > scaled[i]);
+  return code + ((Ints)(y > threshold) & step);
 #endif
-    return code;
+}
+
+// Codes of the nearest entries, and entries of codes.
+template <int BITS>
+class Nearest {
+ public:
+  static constexpr int COUNT = 1 << BITS;
+
+#if defined(__AVX2__)
+  explicit Nearest(const Codebook& book) : Nearest(book, std::make_integer_sequence<int, BITS - 1>()) {}
+
+  DECOQUANT_INLINE Ints code(Floats y) const {
+    Ints pair = add_where(y, middle_, Ints{}, COUNT / 4);  // half the code
+    DECOQUANT_UNROLL for (int i = BITS - 2; i > 0; --i) pair = add_where(y, step_[i].at(pair), pair, (1 << i) / 2);
+    return add_where(y, step_[0].at(pair), pair + pair, 1);
   }
+#else  // no lookups in registers: compares with all thresholds
+  explicit Nearest(const Codebook& book) : entries_(book.entries) {
+    for (int i = 0; i < COUNT / 2; ++i) positive_[i] = splat(book.positive[i]);
+  }
+
+  DECOQUANT_INLINE Ints code(Floats y) const {
+    Ints count{};
+    const Floats size = magnitude(y);
+    DECOQUANT_UNROLL for (int i = 0; i < COUNT / 2 - 1; ++i) count -= (Ints)(size > positive_[i]);
+    return (count ^ ~(Ints)(y > 0.0f)) + COUNT / 2;
+  }
+#endif
+  DECOQUANT_INLINE Floats entry(Ints code) const { return entries_.at(code); }
+
+ private:
+  Lookup<COUNT> entries_;
+#if defined(__AVX2__)
+  template <int... STEP>
+  Nearest(const Codebook& book, std::integer_sequence<int, STEP...>)
+      : entries_(book.entries),
+        middle_(splat(book.thresholds[BITS - 1][0])),
+        step_{Lookup<COUNT / 2>(book.thresholds[STEP])...} {}
+
+  Floats middle_;
+  Lookup<COUNT / 2> step_[BITS - 1];
+#else
+  Floats positive_[COUNT / 2];
+#endif
 };
 
 template <>
-struct Thresholds<8> {  // a uniform grid needs none
-  float factor;
+class Nearest<8> {  // on a uniform grid
+ public:
+  explicit Nearest(const Codebook&) {}
 
-  Thresholds(const Codebook&, float radius) : factor(1.0f / radius * 32) {}
-
-  DECOQUANT_INLINE Ints below(Floats y) const {
-    const Floats z = y * factor;  // nan: zero times the infinity of a radius too small
-    return to_ints(clamp(select(z == z, z, Floats{}), 127)) + 128;
-  }
+  DECOQUANT_INLINE Ints code(Floats y) const { return to_ints(clamp(y * 32.0f, 127)) + 128; }
+  DECOQUANT_INLINE Floats entry(Ints code) const { return __builtin_convertvector(code - 128, Floats) * 0.03125f; }
 };
 
 // ---------------------------------------------------------------------------------------------------------- parameters
@@ -253,181 +283,7 @@ inline void fit(const Layout& layout, const float* mean, const float* variance, 
   for (int64_t i = 0; i < size; ++i) scale_out[i] = to_bfloat16(power > 0 ? balance[i] * norm : 1.0f);
 }
 
-// ------------------------------------------------------------------------------------------------------ encode, decode
-
-// codec.leaf
-inline int64_t leaf(int64_t head_dim) { return std::min<int64_t>(std::max<int64_t>(head_dim / 8, 8), 16); }
-
-// What codec._shape needs of the parameters of a head, and memory for one token.
-class Shaping {
- public:
-  // `weights`, bfloat16, is null if all channels weigh the same. Takes `rows(layout)` rows of memory.
-  Shaping(const Layout& layout, const float* scale, const uint16_t* weights, float* memory) {
-    const int64_t size = layout.head_dim, stride = whole_registers(size);
-    float* price_row = memory;
-    balanced = memory + stride;
-    entries = memory + 2 * stride;
-    error = memory + 3 * stride;
-    targets = memory + 4 * stride;
-    ratios_ = memory + 5 * stride;
-    half_ = size / 2;
-    leaf_ = leaf(size);
-    float least = FLT_MAX;
-    for (int64_t i = 0; i < size; ++i) least = std::min(least, scale[i]);
-    for (int64_t i = 0; i < size; ++i) {
-      const float relative = least / scale[i];
-      price_row[i] = relative * relative;
-      if (weights != nullptr) price_row[i] *= from_bfloat16(weights[i]);
-    }
-    std::fill(price_row + size, price_row + stride, 0.0f);
-    price = price_row;
-    std::copy_n(price, size, balanced);
-    divide(0, 0, size, size & -size, balanced);
-  }
-
-  // Splits of a row into halves, one after the other, until it is a leaf.
-  static int64_t levels(int64_t size) {
-    const int64_t smallest = leaf(size);
-    int64_t count = 0;
-    for (int64_t order = size & -size; order > 1 && size > smallest; order /= 2, size /= 2) ++count;
-    return count;
-  }
-  static int64_t rows(const Layout& layout) { return 5 + (levels(layout.head_dim) + 1) / 2; }
-
-  bool is_leaf(int64_t size, int64_t order) const { return order == 1 || size <= leaf_; }
-
-  // A^-1 B of the node with `size` channels from `begin` on, with the norm of two transforms.
-  const float* ratios(int64_t level, int64_t begin) const { return ratios_ + level * half_ + begin / 2; }
-
-  const float* price;
-  float *balanced, *entries, *error, *targets;  // rows
-
- private:
-  // `prices` of the node, consumed.
-  void divide(int64_t level, int64_t begin, int64_t size, int64_t order, float* prices) {
-    if (is_leaf(size, order)) return;
-    const int64_t half = size / 2;
-    float *first = prices, *second = prices + half, *ratio = ratios_ + level * half_ + begin / 2;
-    const auto transform = static_cast<float>(order / 2);
-    for (int64_t i = 0; i < half; ++i) {
-      const float p = first[i], q = second[i], total = p + q;
-      ratio[i] = (p - q) / total / transform;
-      first[i] = 2 * p * q / total;
-      second[i] = total / 2;
-    }
-    divide(level + 1, begin, half, order / 2, first);
-    divide(level + 1, begin + half, half, order / 2, second);
-  }
-
-  float* ratios_;
-  int64_t half_, leaf_;
-};
-
-// codec._shape: codes and, in units of the radius, entries of a rotated token.
-template <int BITS>
-class Shaper {
- public:
-  Shaper(const Layout& layout, const Codebook& book, const Shaping& shaping, float radius, uint8_t* codes)
-      : layout_(layout), book_(book), shaping_(shaping), radius_(radius), thresholds_(book, radius), codes_(codes) {}
-
-  void run(const float* y) const {
-    const int64_t size = layout_.head_dim;
-    shape(0, 0, size, size & -size, y, shaping_.targets);
-  }
-
- private:
-  // The node with `size` channels from `begin` on: `y` are its targets, `memory` has room for those of nodes below.
-  void shape(int64_t level, int64_t begin, int64_t size, int64_t order, const float* y, float* memory) const {
-    if (shaping_.is_leaf(size, order)) {
-      round(begin, size, y);
-      return;
-    }
-    const int64_t half = size / 2, run = size / order;
-    order /= 2;
-    shape(level + 1, begin, half, order, y, memory);
-    float* error = shaping_.error;
-    const float *entries = shaping_.entries + begin, *ratios = shaping_.ratios(level, begin);
-    for (int64_t i = 0; i < half; ++i) error[i] = y[i] - entries[i] * radius_;
-    hadamard(error, order, run);
-    if (run > 1) multiply_runs(error, order, run, layout_.cosines, true);
-    for (int64_t i = 0; i < half; ++i) error[i] *= ratios[i];
-    if (run > 1) multiply_runs(error, order, run, layout_.cosines, false);
-    hadamard(error, order, run);
-    for (int64_t i = 0; i < half; ++i) memory[i] = y[half + i] + error[i];
-    shape(level + 1, begin + half, half, order, memory, memory + half);
-  }
-
-  // To the nearest entries. What is written beyond the end is written again by the next leaf, or of no account.
-  void round(int64_t begin, int64_t size, const float* y) const {
-    typedef uint8_t Narrow __attribute__((vector_size(WIDTH)));
-    for (int64_t i = 0; i < size; i += WIDTH) {
-      const Ints code = thresholds_.below(load<Floats>(y + i));
-      store(codes_ + begin + i, __builtin_convertvector(code, Narrow));
-      store(shaping_.entries + begin + i, entry_of<BITS>(book_, code));
-    }
-  }
-
-  const Layout& layout_;
-  const Codebook& book_;
-  const Shaping& shaping_;
-  const float radius_;
-  const Thresholds<BITS> thresholds_;
-  uint8_t* codes_;
-};
-
-// codec.encode: writes `padded_dim` codes and returns the gain in float16. Consumes x, which must be finite.
-using Encode = uint16_t (*)(const Layout& layout, const Codebook& book, const Parameters& parameters,
-                            const Shaping& shaping, float* x, uint8_t* codes);
-
-template <int BITS>
-uint16_t encode_of(const Layout& layout, const Codebook& book, const Parameters& parameters, const Shaping& shaping,
-                   float* x, uint8_t* codes) {
-  const int64_t size = layout.head_dim, stride = whole_registers(size);
-  for (int64_t i = 0; i < stride; i += WIDTH) {
-    const Floats centred = clamp(load<Floats>(x + i), LIMIT) - load<Floats>(parameters.mean + i);
-    const Floats y = clamp(centred * load<Floats>(parameters.scale + i), COORDINATE_LIMIT);
-    store(shaping.balanced + i, y);
-    store(x + i, y);
-  }
-  rotate(layout, x);
-  std::fill(x + size, x + stride, 0.0f);
-  Floats squares{}, peak{};
-  for (int64_t i = 0; i < stride; i += WIDTH) {
-    const Floats y = load<Floats>(x + i);
-    squares += y * y;
-    if constexpr (BITS == 8) peak = max(peak, magnitude(y));
-  }
-  float radius;
-  if constexpr (BITS == 8) {
-    radius = largest(peak) * static_cast<float>(32.0 / 127);
-  } else {
-    radius = std::sqrt(sum(squares) / static_cast<float>(size)) * static_cast<float>(layout.spread);
-  }
-  Shaper<BITS>(layout, book, shaping, std::max(radius, TINY), codes).run(x);
-  memset(codes + size, 0, layout.padded_dim - size);
-  std::fill(shaping.entries + size, shaping.entries + stride, 0.0f);
-  unrotate(layout, shaping.entries);
-
-  Floats powers{}, inners{}, norms{};
-  for (int64_t i = 0; i < stride; i += WIDTH) {
-    const Floats price = load<Floats>(shaping.price + i), y = load<Floats>(shaping.balanced + i);
-    const Floats entry = load<Floats>(shaping.entries + i), priced = select(price > 0.0f, y * price, Floats{});
-    powers += priced * y;
-    inners += priced * entry;
-    norms += entry * entry * price;
-  }
-  const float power = sum(powers), inner = sum(inners), norm = sum(norms);
-  if (!(inner > 0)) return 0;
-  float gain = inner / std::max(norm, TINY);
-  if (inner * inner >= LEAST_COSINE * LEAST_COSINE * power * norm) {
-    gain = layout.key ? power / std::max(inner, TINY) : std::sqrt(power / std::max(norm, TINY));
-  }
-  return to_half(std::min(gain, GAIN_MAX));
-}
-
-inline Encode encode_for(const Layout& layout) {
-  return for_bits(layout.bits, [](auto width) -> Encode { return encode_of<width()>; });
-}
+// -------------------------------------------------------------------------------------------------------------- decode
 
 // codec.decode: a row from `padded_dim` codes.
 using Decode = void (*)(const Layout& layout, const Codebook& book, const Parameters& parameters, const uint8_t* codes,
@@ -440,10 +296,11 @@ void decode_of(const Layout& layout, const Codebook& book, const Parameters& par
   uint16_t gains[WIDTH];
   std::fill_n(gains, WIDTH, gain);
   const Floats factor = from_half(gains);
+  const Nearest<BITS> nearest(book);
   const int64_t size = layout.head_dim;
   for (int64_t c = 0; c < size; c += WIDTH) {
     const Ints code = __builtin_convertvector(load<Narrow>(codes + c), Ints);
-    store(x + c, entry_of<BITS>(book, code) * factor);
+    store(x + c, nearest.entry(code) * factor);
   }
   unrotate(layout, x);
   for (int64_t c = 0; c < size; ++c) x[c] = x[c] / parameters.scale[c] + parameters.mean[c];

@@ -54,7 +54,7 @@ class HeadReader {
     const int64_t size = layout_.head_dim;
     float* memory = scratch_rows(3, size);
     float* x = memory + 2 * whole_registers(size);
-    uint8_t* codes = scratch_codes(layout_);
+    uint8_t* codes = scratch_codes(layout_, 1);
     const HeadPlanes planes(layout_, const_cast<void*>(state_), row_, head_);
     const uint16_t* gains = at<uint16_t>(state_, layout_.gains) + number() * layout_.capacity;
     const uint8_t* epochs = at<uint8_t>(state_, layout_.epochs) + row_ * layout_.capacity;

@@ -38,7 +38,7 @@ def _tables(bits: int, head_dim: int) -> tuple[Tensor, ...]:
     order = head_dim & -head_dim
     entries = torch.tensor(codec.entries(bits), dtype=torch.int8)
     rotation = codec.signs(head_dim, device), codec.cosines(head_dim // order, device)
-    return entries, codec.thresholds(bits, device), *rotation
+    return entries, codec.thresholds(bits, device), *rotation, torch.tensor(codec.radii(bits))
 
 
 class Bound(NamedTuple):
@@ -59,7 +59,7 @@ def bind(key: str, batch: int, heads: int, slots: int) -> Bound:
     offsets = [offset for offset, _, _ in span.spans]
     coded = form.bits != 16
     widths = codec.planes(form.bits) if coded else ()
-    tables = [table.data_ptr() for table in _tables(form.bits, form.head_dim)] if coded else [0] * 4
+    tables = [table.data_ptr() for table in _tables(form.bits, form.head_dim)] if coded else [0] * 5
     shapes = [shape for _, _, shape in span.spans]
     numbers = (
         form.role == "key",
@@ -82,9 +82,9 @@ def bind(key: str, batch: int, heads: int, slots: int) -> Bound:
         *(*offsets[3 : 3 + span.planes], 0, 0)[:2],
         *offsets[3 + span.planes :],
         *tables,
+        len(codec.radii(form.bits)) if coded else 1,
     )
-    scalars = (codec.steps(form.bits), codec.spread(form.bits)) if coded else (1.0, 1.0)
-    layout = struct.pack(f"@{len(numbers)}q2d", *numbers, *scalars)
+    layout = struct.pack(f"@{len(numbers)}qd", *numbers, codec.steps(form.bits) if coded else 1.0)
     return Bound(form, span.nbytes, layout)
 
 

@@ -45,8 +45,9 @@ struct Layout {
   const float* thresholds;    // [2 ** bits - 1]
   const float* signs;         // [head_dim], of the rotation
   const float* cosines;       // [odd, odd] for head_dim = power of two * odd, row-major [sample, frequency]
+  const float* radii;         // [tried], at which a token is encoded, over its root mean square
+  int64_t tried;              // 1 or 8
   double steps;               // of entries per radius
-  double spread;              // radius over root mean square
 };
 
 // A tensor of at most four dimensions, strides in elements.

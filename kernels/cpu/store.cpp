@@ -9,7 +9,7 @@
 #include <limits>
 #include <vector>
 
-#include "codec.hpp"
+#include "encode.hpp"
 #include "parallel.hpp"
 #include "python.hpp"
 
@@ -47,7 +47,6 @@ namespace {
 struct Write : Store {
   int64_t origin;  // after the shift
   Codebook book;
-  Encode encode;
 };
 
 // --------------------------------------------------------------------------------------------------------------- mask
@@ -121,44 +120,49 @@ uint16_t* weights_of_head(const Layout& layout, void* state, int64_t row, int64_
   return at<uint16_t>(state, layout.weights) + (row * layout.heads + head) * layout.head_dim;
 }
 
-// Writes codes and gains of one head, with one parameter set.
+// Writes codes and gains of one head, with one parameter set. Tokens wait until there are enough to be encoded at once.
 class HeadWriter {
  public:
   HeadWriter(const Write& write, int64_t row, int64_t head, int64_t set)
-      : write_(write),
-        layout_(*write.layout),
+      : layout_(*write.layout),
         gains_(at<uint16_t>(write.state, layout_.gains) + (row * layout_.heads + head) * layout_.capacity),
         planes_(layout_, write.state, row, head),
-        codes_(scratch_codes(layout_)),
-        memory_(scratch_rows(3 + Shaping::rows(layout_), layout_.head_dim)),
-        parameters_(load_parameters(layout_, write.state, row, set, head, memory_)),
-        shaping_(layout_, parameters_.scale, weights_of_head(layout_, write.state, row, head),
-                 memory_ + 3 * whole_registers(layout_.head_dim)) {
-    x = memory_ + 2 * whole_registers(layout_.head_dim);
-  }
+        encoder_(layout_, write.book, write.state, row, head, set, weights_of_head(layout_, write.state, row, head)),
+        codes_(scratch_codes(layout_, encoder_.tokens())) {}
 
-  // Writes the token in `x`, which is finite and gets lost: encoded, or as written but not encoded.
-  void put(int64_t slot, bool encoded) const {
-    const bool nonzero = magnitudes(x, layout_.head_dim, LIMIT).nonzero;
-    uint16_t gain = 0;
-    if (encoded) {
-      gain = write_.encode(layout_, write_.book, parameters_, shaping_, x, codes_);
-      write_codes(layout_, planes_, slot, codes_);
+  // Room for the next token.
+  float* token() const { return encoder_.token(waiting_); }
+
+  // Writes it, which is finite and gets lost: encoded, or as written but not encoded.
+  void put(int64_t slot, bool encoded) {
+    if (!magnitudes(token(), layout_.head_dim, LIMIT).nonzero) {
+      gains_[slot] = NEVER_WRITTEN;
+    } else if (!encoded) {
+      gains_[slot] = 0;
+    } else {
+      slots_[waiting_++] = slot;
+      if (waiting_ == encoder_.tokens()) finish();
     }
-    gains_[slot] = nonzero ? gain : NEVER_WRITTEN;
   }
 
-  float* x;
+  void finish() {
+    if (waiting_ == 0) return;
+    uint16_t gains[WIDTH];
+    encoder_.encode(waiting_, codes_, gains);
+    for (int64_t i = 0; i < waiting_; ++i) {
+      write_codes(layout_, planes_, slots_[i], codes_ + i * layout_.padded_dim);
+      gains_[slots_[i]] = gains[i];
+    }
+    waiting_ = 0;
+  }
 
  private:
-  const Write& write_;
   const Layout& layout_;
   uint16_t* gains_;
   HeadPlanes planes_;
+  Encoder encoder_;
   uint8_t* codes_;
-  float* memory_;
-  Parameters parameters_;
-  Shaping shaping_;
+  int64_t slots_[WIDTH], waiting_ = 0;
 };
 
 // ---------------------------------------------------------------------------------------------------------------- row
@@ -635,11 +639,12 @@ class RowWrite {
   // Encodes copies that have no code yet.
   void put_pending() {
     parallel_over(layout_.heads, [&](int64_t head) {
-      const HeadWriter writer(write_, row_, head, set());
+      HeadWriter writer(write_, row_, head, set());
       for (const int64_t copy : memory_.pending) {
-        load_row(layout_.dtype, copy_token(head, copy), 1, layout_.head_dim, writer.x);
+        load_row(layout_.dtype, copy_token(head, copy), 1, layout_.head_dim, writer.token());
         writer.put(copy_label(copy) % layout_.slots, true);
       }
+      writer.finish();
     });
     for (const int64_t copy : memory_.pending) {
       epochs()[copy_label(copy) % layout_.slots] = static_cast<uint8_t>(set());
@@ -652,21 +657,21 @@ class RowWrite {
     const int64_t parts = static_cast<int64_t>(memory_.cuts.size()) - 1;
     parallel_over(layout_.heads * parts, [&](int64_t task) {
       const int64_t head = task / parts, part = task % parts;
-      const HeadWriter writer(write_, row_, head, set());
+      HeadWriter writer(write_, row_, head, set());
       for (int64_t token = memory_.cuts[part]; token < memory_.cuts[part + 1]; ++token) {
         if (!is(token, KEPT)) continue;
-        load_token(token, head, writer.x);
-        make_finite(layout_.dtype, layout_.head_dim, writer.x);
+        float* x = writer.token();
+        load_token(token, head, x);
+        make_finite(layout_.dtype, layout_.head_dim, x);
         if (is(token, WINDOWED)) {
-          char* to = window_token(head, absolute(token) % layout_.window);
-          store_row(layout_.dtype, writer.x, layout_.head_dim, to);
+          store_row(layout_.dtype, x, layout_.head_dim, window_token(head, absolute(token) % layout_.window));
         }
         if (is(token, SINK)) {
-          char* to = sink_token(head, absolute(token) - fields_[START]);
-          store_row(layout_.dtype, writer.x, layout_.head_dim, to);
+          store_row(layout_.dtype, x, layout_.head_dim, sink_token(head, absolute(token) - fields_[START]));
         }
         writer.put(slot(token), encoded(token));
       }
+      writer.finish();
     });
   }
 
@@ -738,7 +743,7 @@ int64_t store(const Store& call) {
   const int64_t highest = call.tokens > 0 ? *std::max_element(call.positions, call.positions + call.tokens) : UNSET;
   if (highest >= layout.slots) return highest;
   int64_t* header = at<int64_t>(call.state, layout.header);
-  const Write write{call, header[ORIGIN] + call.shift, Codebook(layout), encode_for(layout)};
+  const Write write{call, header[ORIGIN] + call.shift, Codebook(layout)};
   if (call.shift > 0) {
     free_slots(write, header[ORIGIN], std::min(call.shift, layout.slots));
     header[ORIGIN] = write.origin;

@@ -63,9 +63,21 @@ def cosine_table(run: int) -> tuple[float, ...]:
     )
 
 
+def leaf_order(head_dim: int) -> int:
+    """Power of two in the number of channels that shaping rounds at once."""
+    order = head_dim & -head_dim
+    run = head_dim // order
+    while order > 1 and order * run > codec.leaf(head_dim):
+        order //= 2
+    return order
+
+
 # Of 2, 3, 4 and 5 bits, one after the other: the table of BITS begins at 2**BITS - 4.
 ENTRIES, THRESHOLDS = map(tl.constexpr, _tables())
-SPREADS = tl.constexpr(tuple(codec.spread(bits) if bits in codec.CODED_BITS else 0.0 for bits in range(9)))
+RADII = tl.constexpr(
+    tuple(tuple(map(_single, codec.radii(bits))) if bits in codec.CODED_BITS else () for bits in range(9))
+)
+LEAVES = tl.constexpr((0, 0, 16, 8, 8, 4, 0, 0, 4))  # whose codes share a word, by bits: a power of two
 
 
 def _jumps() -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -169,13 +181,6 @@ def _rotate(x, cosines, N: tl.constexpr, ORDER: tl.constexpr, RUN: tl.constexpr,
 
 
 @triton.jit
-def _unrotate(y, cosines, N: tl.constexpr, ORDER: tl.constexpr, RUN: tl.constexpr, RUN_PADDED: tl.constexpr):
-    if RUN > 1:
-        y = _times_runs(y, tl.trans(cosines), N, ORDER, RUN_PADDED)
-    return _butterflies(y, N, ORDER, RUN_PADDED) * ORDER**-0.5 * _signs(ORDER * RUN_PADDED, RUN, RUN_PADDED)
-
-
-@triton.jit
 def per_token(x, N: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
     """What belongs to heads, ``[HEADS, SIZE]``, such that it broadcasts to the tokens ``[N, SIZE]``."""
     if HEADS > 1 and HEADS < N:
@@ -216,19 +221,24 @@ def _nearest(y, radius, BITS: tl.constexpr):
         z = _clamp(z, 127.0) + ROUNDER - ROUNDER
         return (z + 128.0).to(tl.int32), z * (1 / 32)
     else:
+        # The codebook mirrors its positive half. A tie goes to the lower entry: of negative numbers to the larger one.
+        HALF: tl.constexpr = 2 ** (BITS - 1)
         z = divide(y, radius)
-        code = tl.zeros_like(z).to(tl.int32)
-        above = ()  # of each bit of the code, the highest first
-        for i in tl.static_range(BITS):
-            threshold = _chosen(THRESHOLDS, 2**BITS - 5 + 2 ** (BITS - 1 - i), 2 ** (BITS - i), above, i)
-            above = above + (z > threshold,)
+        negative = (z > 0).to(tl.int32) ^ 1
+        size = (tl.abs(z).to(tl.int32, bitcast=True) + negative).to(tl.float32, bitcast=True)
+        code = tl.zeros_like(negative) + 1
+        above = ()  # of each bit of the code but the first, the highest first
+        for i in tl.static_range(BITS - 1):
+            threshold = _chosen(THRESHOLDS, 3 * HALF - 5 + (HALF >> i + 1), HALF >> i, above, i)
+            above = above + (size > threshold,)
             code = code * 2 + above[i].to(tl.int32)
-        return code, _chosen(ENTRIES, 2**BITS - 4, 1, above, BITS)
+        entry = _chosen(ENTRIES, 3 * HALF - 4, 1, above, BITS - 1)
+        return code ^ (negative * (2 * HALF - 1)), tl.where(negative == 0, entry, -entry)
 
 
 @triton.jit
 def _shape(
-    y,
+    x,
     price,
     radius,
     cosines,
@@ -240,27 +250,71 @@ def _shape(
     LEAF: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """`codec._shape`: codes, int32, and entries of rotated tokens ``[N, ORDER * RUN_PADDED]``."""
-    if ORDER == 1 or ORDER * RUN <= LEAF:
-        return _nearest(y, radius, BITS)
+    """`codec._shape` of tokens ``[N, ORDER * RUN_PADDED]``: codes, packed as for `_unpacked`, and what they stand for.
+
+    Codes of leaves share words: what a loop keeps costs few registers, and no codes are moved to join those of halves.
+    """
+    if ORDER == LEAF:
+        y = _butterflies(x, N, ORDER, RUN_PADDED)
+        if RUN > 1:
+            y = _times_runs(y, cosines, N, ORDER, RUN_PADDED)
+        code, entry = _nearest(y, radius, BITS)
+        y = _rounded(entry * radius)
+        if RUN > 1:
+            y = _times_runs(y, tl.trans(cosines), N, ORDER, RUN_PADDED)
+        return code, _butterflies(y, N, ORDER, RUN_PADDED) * (1 / ORDER)
     else:
         HALF: tl.constexpr = ORDER // 2
         SIZE: tl.constexpr = ORDER * RUN_PADDED
-        y1, y2 = _halves(y, N, SIZE)
+        a, b = _halves(x, N, SIZE)
         p, q = _halves(price, HEADS, SIZE)
         total = p + q
         price1 = divide(2 * p * q, total)
-        code1, entry1 = _shape(y1, price1, radius, cosines, N, HEADS, HALF, RUN, RUN_PADDED, LEAF, BITS)
-        error = _butterflies(y1 - _rounded(entry1 * radius), N, HALF, RUN_PADDED)
-        passed = per_token(divide(p - q, total) * (1 / HALF), N, HEADS, SIZE // 2)
-        if RUN > 1:
-            error = _times_runs(error, tl.trans(cosines), N, HALF, RUN_PADDED) * passed
-            error = _times_runs(error, cosines, N, HALF, RUN_PADDED)
+        passed = per_token(divide(p - q, total), N, HEADS, SIZE // 2)
+        wanted = a + b
+        code1, reached = _shape(wanted, price1, radius, cosines, N, HEADS, HALF, RUN, RUN_PADDED, LEAF, BITS)
+        moved = a - b + _rounded((wanted - reached) * passed)
+        code2, other = _shape(moved, total * 0.5, radius, cosines, N, HEADS, HALF, RUN, RUN_PADDED, LEAF, BITS)
+        if LEAVES[BITS] >= ORDER // LEAF:
+            code = code1 | (code2 << HALF // LEAF * BITS)
         else:
-            error = _rounded(error * passed)
-        y2 += _butterflies(error, N, HALF, RUN_PADDED)
-        code2, entry2 = _shape(y2, total * 0.5, radius, cosines, N, HEADS, HALF, RUN, RUN_PADDED, LEAF, BITS)
-        return _joined(code1, code2, N, SIZE), _joined(entry1, entry2, N, SIZE)
+            code = _joined(code1, code2, N, 2 * code1.shape[1])
+        return code, _joined(reached + other, reached - other, N, SIZE) * 0.5
+
+
+@triton.jit
+def _unpacked(
+    words, N: tl.constexpr, ORDER: tl.constexpr, RUN_PADDED: tl.constexpr, LEAF: tl.constexpr, BITS: tl.constexpr
+):
+    """Codes, int32 ``[N, ORDER * RUN_PADDED]``, of words ``[N, ...]`` that hold those of leaves, the first low."""
+    SIZE: tl.constexpr = LEAF * RUN_PADDED
+    SHARED: tl.constexpr = ORDER * RUN_PADDED // words.shape[1]
+    words = tl.reshape(words, [N, words.shape[1] // SIZE, 1, SIZE])
+    codes = (words >> (tl.arange(0, SHARED) * BITS)[None, None, :, None]) & (2**BITS - 1)
+    return tl.reshape(codes, [N, ORDER * RUN_PADDED])
+
+
+@triton.jit
+def _attempt(
+    wanted,
+    price,
+    priced,
+    radius,
+    cosines,
+    N: tl.constexpr,
+    HEADS: tl.constexpr,
+    ORDER: tl.constexpr,
+    RUN: tl.constexpr,
+    RUN_PADDED: tl.constexpr,
+    LEAF: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Codes at a radius, packed, and the sums ``[N]`` that their error and gain are formed of."""
+    at = (radius * ORDER**0.5)[:, None]
+    codes, reached = _shape(wanted, price, at, cosines, N, HEADS, ORDER, RUN, RUN_PADDED, LEAF, BITS)
+    left = wanted - reached
+    lost = left * priced
+    return codes, tl.sum(left * lost, 1), tl.sum(reached * lost, 1), tl.sum(reached * reached * priced, 1)
 
 
 @triton.jit
@@ -285,6 +339,7 @@ def encode(
     Args:
         x: finite float32 ``[N, SIZE]``, zeros in the padding.
         mean, scale, weight: float32 ``[HEADS, SIZE]``; zeros in the padding of the mean, ones in that of the others.
+        LEAF: as of `leaf_order`.
     """
     SIZE: tl.constexpr = ORDER * RUN_PADDED
     _, valid = column_channels(SIZE, RUN, RUN_PADDED)
@@ -302,28 +357,48 @@ def encode(
     mean = per_token(mean, N, HEADS, SIZE)
     scale = per_token(scale, N, HEADS, SIZE)
     balanced = _clamp((_clamp(x, LIMIT) - mean) * scale, COORDINATE_LIMIT)
-    y = _rotate(balanced, cosines, N, ORDER, RUN, RUN_PADDED)
+    wanted = balanced * _signs(SIZE, RUN, RUN_PADDED)
     if BITS == 8:
-        size = tl.max(tl.abs(y), 1) * (32 / 127)
+        size = tl.max(tl.abs(_rotate(balanced, cosines, N, ORDER, RUN, RUN_PADDED)), 1) * (32 / 127)
     else:
-        power = tl.sum(_rounded(y * y), 1)
-        size = _root(divide(power, HEAD_DIM * 1.0))
-    radius = tl.maximum(size * SPREADS[BITS], TINY)[:, None]
-    codes, entry = _shape(y, price, radius, cosines, N, HEADS, ORDER, RUN, RUN_PADDED, LEAF, BITS)
-
-    entry = _unrotate(tl.where(valid, entry, 0.0), cosines, N, ORDER, RUN, RUN_PADDED)
-    price = tl.where(valid, per_token(price, N, HEADS, SIZE), 0.0)
-    priced = balanced * price
-    power = tl.sum(balanced * priced, 1)
-    inner = tl.sum(entry * priced, 1)
-    norm = tl.sum(entry * entry * price, 1)
-    near = inner * inner >= power * LEAST_SQUARED_COSINE * norm
+        size = _root(divide(tl.sum(_rounded(balanced * balanced), 1), HEAD_DIM * 1.0))
+    priced = per_token(price, N, HEADS, SIZE)  # nothing is wanted or reached in the padding
+    if len(RADII[BITS]) == 1:
+        radius = tl.maximum(size * RADII[BITS][0], TINY)
+        codes, _, cross, norm = _attempt(
+            wanted, price, priced, radius, cosines, N, HEADS, ORDER, RUN, RUN_PADDED, LEAF, BITS
+        )
+    else:
+        # Not unrolled: the code, and the time to compile it, would be eight times as long.
+        error = tl.full([N], float("inf"), tl.float32)
+        cross = tl.zeros([N], tl.float32)
+        norm = cross
+        radius = cross
+        codes = tl.zeros([N, SIZE // min(ORDER // LEAF, LEAVES[BITS])], tl.int32)
+        for i in range(len(RADII[BITS])):
+            factor = tl.full([], RADII[BITS][0], tl.float32)
+            for k in tl.static_range(1, len(RADII[BITS])):
+                factor = tl.where(i == k, RADII[BITS][k], factor)
+            radius1 = tl.maximum(size * factor, TINY)
+            codes1, error1, cross1, norm1 = _attempt(
+                wanted, price, priced, radius1, cosines, N, HEADS, ORDER, RUN, RUN_PADDED, LEAF, BITS
+            )
+            better = error1 < error  # of equal ones the first
+            error = tl.where(better, error1, error)
+            cross = tl.where(better, cross1, cross)
+            norm = tl.where(better, norm1, norm)
+            radius = tl.where(better, radius1, radius)
+            codes = tl.where(better[:, None], codes1, codes)
+    power = tl.sum(wanted * wanted * priced, 1)
+    inner = cross + norm
+    closest = divide(inner, tl.maximum(norm, TINY))
     if KEY:
-        wanted = divide(power, tl.maximum(inner, TINY))
+        unbiased = divide(power, tl.maximum(inner, TINY))
     else:
-        wanted = _root(divide(power, tl.maximum(norm, TINY)))
-    gain = tl.where(near, wanted, divide(inner, tl.maximum(norm, TINY)))
-    return codes, tl.minimum(tl.where(inner > 0, gain, 0.0), GAIN_MAX)
+        unbiased = _root(divide(power, tl.maximum(norm, TINY)))
+    gain = tl.where(inner * closest >= power * LEAST_SQUARED_COSINE, unbiased, closest) * radius
+    gain = tl.minimum(tl.where(inner > 0, gain, 0.0), GAIN_MAX)
+    return _unpacked(codes, N, ORDER, RUN_PADDED, LEAF, BITS), gain
 
 
 @triton.jit

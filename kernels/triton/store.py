@@ -30,6 +30,7 @@ from decoquant_compile.kernels.triton.encode import (
     divide,
     encode,
     fit,
+    leaf_order,
     weights_of,
 )
 from decoquant_compile.kernels.triton.launch import REGISTERS, Wrap
@@ -919,19 +920,27 @@ def _put(
     encoded = keep & (is_copy | fitted | ((flags & PADDING) != 0))
     slot = tl.where(is_copy, tl.maximum(entry, 0), flags // FLAG_RANGE)
 
-    mask = keep & (h < heads) & valid
-    x = tl.load(
-        NEW + b * new_b + h * new_h + token.to(tl.int64) * new_t + channel * new_d, mask=mask & (~is_copy), other=0.0
-    ).to(tl.float32)
+    # A leaf, all tokens, the next leaf; and a channel a thread, as if they were not contiguous. The compiler keeps the
+    # layout of loads: so threads lie along the channels of a leaf and along tokens, and all have work in `encode`.
+    WIDTH: tl.constexpr = LEAF * RUN_PADDED
+    column = (tl.arange(0, SIZE // WIDTH) * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
+    channels = column // RUN_PADDED * RUN + column % RUN_PADDED
+    mask = (keep & (h < heads))[None, :, :] & (column % RUN_PADDED < RUN)
+    items = item[None, :, :]
+    at = b * new_b + h * new_h + token.to(tl.int64) * new_t
+    at = tl.max_contiguous(at[None, :, :] + channels * new_d, [1, 1, 1])
+    x = tl.load(NEW + at, mask=mask & (items >= copies), other=0.0).to(tl.float32)
     x = _finite(x, LARGE)
     if i < copies:
-        place = (b * heads + h) * HEAD_DIM
-        from_window = mask & (item < window)
-        at = place * window + item * HEAD_DIM + channel
+        place = ((b * heads + h) * HEAD_DIM)[None, :, :]
+        from_window = mask & (items < window)
+        at = tl.max_contiguous(place * window + items * HEAD_DIM + channels, [1, 1, 1])
         x += tl.load(window_tokens + at, mask=from_window, other=0.0).to(tl.float32)
-        at = place * sinks + (item - window) * HEAD_DIM + channel
-        x += tl.load(sink_tokens + at, mask=mask & is_copy & (item >= window), other=0.0).to(tl.float32)
-    nonzero = tl.max((x != 0).to(tl.int32), 1)[:, None] != 0
+        from_sinks = mask & (items >= window) & (items < copies)
+        at = tl.max_contiguous(place * sinks + (items - window) * HEAD_DIM + channels, [1, 1, 1])
+        x += tl.load(sink_tokens + at, mask=from_sinks, other=0.0).to(tl.float32)
+    nonzero = tl.max(tl.max((x != 0).to(tl.int32), 2), 0)[:, None] != 0  # of the tile below threads would hold copies
+    x = tl.reshape(tl.permute(x, 1, 0, 2), [N, SIZE])
     gain = tl.zeros([N, 1], tl.float32)
     if tl.max(encoded.to(tl.int32)) != 0:
         codes, found = encode(x, mean, scale, weight, N, H, HEAD_DIM, ORDER, RUN, RUN_PADDED, LEAF, COSINES, KEY, BITS)
@@ -1385,7 +1394,7 @@ class Blocks(NamedTuple):
     heads: int = 1
     """Heads that a program of `write_one` takes."""
     tokens: int = 4
-    """Tokens that a program of `write_tokens` takes; half as many of wide or odd heads."""
+    """Tokens that a program of `write_tokens` takes; half as many of wide or odd heads, or in 5 bits."""
     copies: int = 64
     slots: int = 256
     looked: int = 16
@@ -1493,7 +1502,7 @@ def store(
     }  # fmt: skip
     coding: dict[str, Any] = {
         "PADDED_SIZE": triton.next_power_of_2(padded), "ORDER": order, "RUN": run,
-        "RUN_PADDED": triton.next_power_of_2(run), "LEAF": codec.leaf(head_dim), "COSINES": cosine_table(run),
+        "RUN_PADDED": triton.next_power_of_2(run), "LEAF": leaf_order(head_dim), "COSINES": cosine_table(run),
     }  # fmt: skip
     plan_b = FIELDS.value + window + sinks + tokens
     plan = torch.empty((batch, plan_b), dtype=torch.int64, device=state.device)
@@ -1541,8 +1550,9 @@ def store(
         state, plan, new, sums, *sizes, tokens, runs, shift, plan_b, *new.stride(), SIZE=size,
         BLOCK_SLOTS=blocks.slots, **common, num_warps=1,
     )  # fmt: skip
-    # More channels, or products of runs, leave registers for fewer tokens.
-    taken = blocks.tokens if run == 1 and head_dim <= 128 else max(1, blocks.tokens // 2)
+    # More channels, products of runs, or codes of 5 bits, which fill twice the words, leave registers for fewer tokens.
+    few = run > 1 or head_dim > 128 or (form.bits == 5 and head_dim > 64)
+    taken = max(1, blocks.tokens // 2) if few else blocks.tokens
     wrap(write_tokens)[batch, heads, triton.cdiv(window + sinks + tokens, taken)](
         state, plan, new, *sizes, tokens, plan_b, *new.stride(), H=1, T=taken, **coding, **common,
         num_warps=1 if head_dim <= 128 else 2, **REGISTERS[ptx],

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from decoquant_compile.kernels import codec, tiles
 from decoquant_compile.kernels.triton.codec import entries, entry, neighbour, rotation, two_limbs
+from decoquant_compile.kernels.triton.encode import column_channels, cosine_table, encode, leaf_order
 from tests.kernels.triton.interpret import interpreted
 
 
@@ -43,6 +44,37 @@ def _limbs(X, OUT, N: tl.constexpr):
 def _neighbour(OUT, WIDTH: tl.constexpr):
     k = tl.arange(0, 64)
     tl.store(OUT + k, neighbour(k, WIDTH))
+
+
+@triton.jit
+def _encode(
+    X,
+    MEAN,
+    SCALE,
+    WEIGHT,
+    CODES,
+    GAINS,
+    N: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ORDER: tl.constexpr,
+    RUN: tl.constexpr,
+    RUN_PADDED: tl.constexpr,
+    LEAF: tl.constexpr,
+    COSINES: tl.constexpr,
+    KEY: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    channel, valid = column_channels(ORDER * RUN_PADDED, RUN, RUN_PADDED)
+    n = tl.arange(0, N)[:, None]
+    h = tl.arange(0, HEADS)[:, None]
+    x = tl.load(X + n * HEAD_DIM + channel, mask=valid, other=0.0)
+    mean = tl.load(MEAN + h * HEAD_DIM + channel, mask=valid, other=0.0)
+    scale = tl.load(SCALE + h * HEAD_DIM + channel, mask=valid, other=1.0)
+    weight = tl.load(WEIGHT + h * HEAD_DIM + channel, mask=valid, other=1.0)
+    codes, gains = encode(x, mean, scale, weight, N, HEADS, HEAD_DIM, ORDER, RUN, RUN_PADDED, LEAF, COSINES, KEY, BITS)
+    tl.store(CODES + n * HEAD_DIM + channel, codes, mask=valid)
+    tl.store(GAINS + tl.arange(0, N), gains)
 
 
 def places(width):
@@ -104,3 +136,30 @@ def test_two_limbs_know_fourteen_bits():
     interpreted(_limbs)[(1,)](x, out, N=256)
     back = (out[:, 0].int() * 128 + out[:, 1]).float() * 9 / 16256
     assert float((back - x).abs().max()) <= 9 / 16256 / 2 * 1.001
+
+
+@pytest.mark.parametrize("head_dim", [1, 7, 24, 64, 80, 128, 256])
+@pytest.mark.parametrize("bits", codec.CODED_BITS)
+@pytest.mark.parametrize("role", ["key", "value"])
+def test_encode(role, bits, head_dim):
+    """At a radius other than the one that the codec keeps, hardly any token has the same codes."""
+    heads, tokens = 2, 64
+    generator = torch.manual_seed(head_dim)
+    deviation, energy = 10 ** (3 * torch.rand(2, heads, head_dim, generator=generator))
+    x = torch.randn(heads, tokens, head_dim, generator=generator) * deviation[:, None]
+    weight = codec.weights(energy) if role == "key" else None
+    fitted = codec.fit(x.mean(1), x.var(1), weight, role=role)
+    per_token = codec.Parameters(*(each[:, None] for each in fitted))
+    expected, gains = codec.encode(x, per_token, None if weight is None else weight[:, None], role=role, bits=bits)
+    codes, found = torch.empty(expected.shape, dtype=torch.int32), torch.empty(gains.shape)
+    order = head_dim & -head_dim
+    run = head_dim // order
+    interpreted(_encode)[(1,)](
+        x, fitted.mean.float(), fitted.scale.float(), torch.ones_like(energy) if weight is None else weight.float(),
+        codes, found, N=heads * tokens, HEADS=heads, HEAD_DIM=head_dim, ORDER=order, RUN=run,
+        RUN_PADDED=triton.next_power_of_2(run), LEAF=leaf_order(head_dim), COSINES=cosine_table(run), KEY=role == "key",
+        BITS=bits,
+    )  # fmt: skip
+    same = (codes == expected).all(-1)
+    assert int((~same).sum()) <= heads * tokens // 100  # ties that rounding decides
+    torch.testing.assert_close(found.half()[same], gains[same], rtol=2**-10, atol=0)
