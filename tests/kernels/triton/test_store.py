@@ -20,6 +20,9 @@ from tests.kernels.triton.interpret import interpreted
 BLOCKS = store.Blocks(heads=4, tokens=32, looked=64, summed=32, tiles=2)
 """Large tiles: the interpreter takes as long for one number as for a thousand."""
 
+QUICK = 8
+"""Bits at which a token is encoded at one radius: for tests that are not about codes."""
+
 
 class Interpreted:
     """Stands where `cases.Write` expects the C++ kernels."""
@@ -167,7 +170,7 @@ def test_queries_that_are_no_ordinary_numbers_are_left_out(bad):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk", [40, 19])
 def test_left_padding(dtype, chunk):
-    state = empty(4, batch=3)
+    state = empty(QUICK, batch=3)
     new = tokens_of(state, 41)
     padding = torch.tensor([0, 5, 30])
     new[2, :, :30] *= 100  # garbage
@@ -181,7 +184,7 @@ def test_left_padding(dtype, chunk):
     assert torch.equal(sections(state).rows[:, TOTAL], (39 - padding))
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, QUICK])
 def test_a_ring_turns(bits):
     state = empty(bits, slots=20)
     new = tokens_of(state, 60)
@@ -193,7 +196,7 @@ def test_a_ring_turns(bits):
     assert_writes_like_the_oracle(Write(new[:, :, :1], torch.tensor([0]), shift=21), state)
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, QUICK])
 def test_rows_that_are_not_written(bits):
     state = empty(bits, batch=3, window=3)
     new = tokens_of(state, 25)
@@ -203,7 +206,7 @@ def test_rows_that_are_not_written(bits):
     assert_writes_like_the_oracle(Write(new[:, :, 24:], run(24, 25), rows=rows[:, 24:]), state)
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, QUICK])
 def test_the_last_of_equal_positions_counts_and_negative_ones_are_dropped(bits):
     state = empty(bits, window=2)
     new = tokens_of(state, 50)
@@ -229,7 +232,7 @@ def test_no_free_parameter_set():
     assert_writes_like_the_oracle(Write(new[:, :, :1], torch.tensor([3])), state)
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, QUICK])
 def test_a_position_beyond_the_cache_changes_nothing(bits):
     """The device cannot raise an exception; with assertions it stops, without them it must not write elsewhere."""
     state = empty(bits)
