@@ -74,7 +74,7 @@ def steps(bits: int) -> float:
 
 
 def radii(bits: int) -> tuple[float, ...]:
-    """Radii at which a token is encoded, per root mean square of the token, or at 8 bits per largest magnitude."""
+    """Radii at which a token is encoded, per root mean square, or at 8 bits per 32/127 of its largest magnitude."""
     if bits == 8:
         return (_SPREAD[8],)
     return tuple(_SPREAD[bits] * (1 + _DETOUR * (2 * i / (_TRIED - 1) - 1)) for i in range(_TRIED))
@@ -115,7 +115,8 @@ def thresholds(bits: int, device: torch.device) -> Tensor:
 
 
 @_table
-def _radii(bits: int, device: torch.device) -> Tensor:
+def radii_table(bits: int, device: torch.device) -> Tensor:
+    """`radii` as float32."""
     return torch.tensor(radii(bits), dtype=torch.float32, device=device)
 
 
@@ -338,7 +339,7 @@ def encode(x: Tensor, parameters: Parameters, weight: Tensor | None, *, role: Ro
     # At 8 bits a grid up to the largest magnitude: half the error of a fixed clip, and an outlier is never cut off.
     size = rotate(balanced).abs().amax(-1) * (steps(8) / 127) if bits == 8 else balanced.square().mean(-1).sqrt()
     # From here on [..., radii, order, run].
-    radius = (size[..., None] * _radii(bits, x.device)).clamp_min(tiny)[..., None, None]
+    radius = (size[..., None] * radii_table(bits, x.device)).clamp_min(tiny)[..., None, None]
     wanted = (balanced * signs(head_dim, x.device))[..., None, :].unflatten(-1, (order, -1))
     price = cost(scale, weight)[..., None, :].unflatten(-1, (order, -1))
     codes, reached = _shape(wanted, price, radius * order**0.5, bits, leaf(head_dim))

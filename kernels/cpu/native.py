@@ -36,9 +36,9 @@ def _tables(bits: int, head_dim: int) -> tuple[Tensor, ...]:
     """The codec's tables as `Layout` of state.hpp wants them."""
     device = torch.device("cpu")
     order = head_dim & -head_dim
-    entries = torch.tensor(codec.entries(bits), dtype=torch.int8)
+    entries = torch.tensor(codec.entries(bits), dtype=torch.int8, device=device)
     rotation = codec.signs(head_dim, device), codec.cosines(head_dim // order, device)
-    return entries, codec.thresholds(bits, device), *rotation, torch.tensor(codec.radii(bits))
+    return entries, codec.thresholds(bits, device), *rotation, codec.radii_table(bits, device)
 
 
 class Bound(NamedTuple):

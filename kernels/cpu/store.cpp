@@ -120,7 +120,8 @@ uint16_t* weights_of_head(const Layout& layout, void* state, int64_t row, int64_
   return at<uint16_t>(state, layout.weights) + (row * layout.heads + head) * layout.head_dim;
 }
 
-// Writes codes and gains of one head, with one parameter set. Tokens wait until there are enough to be encoded at once.
+// Writes codes and gains of one head, with one parameter set. Tokens wait until there are enough to be encoded at once:
+// each slot is put once, and `finish` comes last. Holds the scratch rows and codes of the thread.
 class HeadWriter {
  public:
   HeadWriter(const Write& write, int64_t row, int64_t head, int64_t set)

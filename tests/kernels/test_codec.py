@@ -420,7 +420,7 @@ def test_error_on_a_normal_is_the_theoretical_one(bits, role, monkeypatch):
     parameters = fitted(x, role)
     least = float((round_trip(x, parameters, role, bits) - x).square().mean())
     middle = statistics.mean(codec.radii(bits))
-    monkeypatch.setattr(codec, "_radii", lambda bits, device: torch.tensor([middle], device=device))
+    monkeypatch.setattr(codec, "radii_table", lambda bits, device: torch.tensor([middle], device=device))
     error = float((round_trip(x, parameters, role, bits) - x).square().mean())
     assert least < 0.96 * error or bits == 8
     cosine = cosine_of_a_normal(bits) if bits < 8 else math.sqrt(1 - 5e-5)

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from decoquant_compile.kernels import codec, reference, tiles
+from decoquant_compile.kernels.cpu.native import _tables
 from decoquant_compile.kernels.format import FITTED, NO_EPOCH, ORIGIN, START, TOTAL, Format
 from decoquant_compile.kernels.state import CacheState
 from tests.kernels.cpu.cases import BITS, DTYPES, HEAD_DIMS, Source, Tokens, Write, Writer
@@ -130,6 +131,19 @@ def assert_any_writes_equal_the_oracle(native, random, count):
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_any_writes_equal_the_oracle(native, random, count):
     assert_any_writes_equal_the_oracle(native, random, count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("bits", codec.CODED_BITS)
+def test_tables_do_not_follow_the_default_dtype(bits, dtype):
+    """They are made once and for all, and the C++ reads them as what they were meant to be."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        tables = _tables.__wrapped__(bits, 80)
+    finally:
+        torch.set_default_dtype(before)
+    assert [table.dtype for table in tables] == [torch.int8, *[torch.float32] * (len(tables) - 1)]
 
 
 @pytest.mark.slow

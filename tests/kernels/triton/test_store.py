@@ -251,7 +251,7 @@ def test_tables_are_those_of_the_codec():
         assert encode.ENTRIES.value[table] == tuple(codec.lookup(torch.arange(2**bits).byte(), bits).tolist())
         assert encode.THRESHOLDS.value[table][:-1] == tuple(codec.thresholds(bits, cpu).tolist())
     for bits in codec.CODED_BITS:
-        assert encode.RADII.value[bits] == tuple(codec._radii(bits, cpu).tolist())
+        assert encode.RADII.value[bits] == tuple(codec.radii_table(bits, cpu).tolist())
     for odd in range(3, 17, 2):
         assert encode.cosine_table(odd) == tuple(codec.cosines(odd, cpu).flatten().tolist())
     for dtype, masked in store._MASKED.items():
